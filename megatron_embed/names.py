@@ -11,11 +11,16 @@ IndexKind = Literal["flat", "ivf", "hnsw"]
 """How vectors are searched: each is compared, those of the nearest lists, or along a graph of neighbours."""
 INDEXES: tuple[IndexKind, ...] = get_args(IndexKind)
 
-ModelPooling = Literal[Pooling, "tokens"]
-"""How token states become what a model gives: one vector of a text, or tokens, a vector for each of its tokens."""
+ModelPooling = Literal[Pooling, "tokens", "splade"]
+"""How token states become what a model gives: one vector of a text; tokens, a vector for each of its tokens; or splade,
+a weight for each token of the vocabulary."""
 
-EmbeddingHead = Literal["dense", "multi_vector"]
-"""What an embedding model gives for a text: one vector, or a vector for every token (late interaction)."""
+EmbeddingHead = Literal["dense", "multi_vector", "sparse"]
+"""What an embedding model gives for a text: one vector, a vector for every token (late interaction), or a weight for
+every token of the vocabulary (SPLADE)."""
+
+Regularizer = Literal["flops", "l1"]
+"""What keeps sparse vectors sparse: the square of each weight's mean over texts, or the sum of a text's weights."""
 
 Role = Literal["query", "document"]
 """Role of a text in retrieval."""
@@ -114,6 +119,9 @@ all of them."""
 MAXSIM_TILE_ELEMENTS = 1 << 22
 """Numbers of the largest intermediate result of late interaction: similarities of some queries' vectors with those of
 some documents, or some queries' scores of all documents; 16 MiB of float32 each."""
+
+LOGIT_TILE_ELEMENTS = 1 << 24
+"""Logits of the vocabulary that a sparse model computes at once: 64 MiB of float32, whatever the micro-batch."""
 
 LOSS_TILE_ELEMENTS = 1 << 24
 """Similarities that a contrastive loss computes at once: 64 MiB of float32, whatever the number of candidates."""

@@ -25,12 +25,13 @@ AnyBatch = EmbedBatch | RerankBatch
 
 class PlainObjective(Objective[AnyBatch]):
     """Every data-parallel rank gathers all embeddings and computes the whole loss; its own rows' gradient is what it
-    returns. No gradient is sent, no mask is divided. The loss of a multi-vector model is computed as in training.
+    returns. No gradient is sent, no mask is divided. The loss of a multi-vector or sparse model is computed as in
+    training.
 
     Attributes:
         variation: what is computed otherwise than configured.
         masked: of the last whole batch, see PlainContrastive.
-        is_plain: False for a vector per token, whose loss is that of training.
+        is_plain: False for a vector per token and for sparse vectors, whose loss is that of training.
         kept: a list that every call adds its embeddings to; None: they are not kept.
 
     Args:
@@ -43,7 +44,7 @@ class PlainObjective(Objective[AnyBatch]):
         self.kept: list[list[Part]] | None = None
         self.masked: dict[int, tuple[int, list[int]]] = {}
         self._config, self._group, self._inner = config, topology.dp_group, inner
-        self.is_plain = config.task == "reranker" or config.embedding.head != "multi_vector"
+        self.is_plain = config.task == "reranker" or config.embedding.head not in ("multi_vector", "sparse")
 
     def total(self, batch: AnyBatch) -> float:
         return self._inner.total(batch)
@@ -53,8 +54,7 @@ class PlainObjective(Objective[AnyBatch]):
 
     def __call__(self, embeddings: Tensor, batch: AnyBatch, *, total: float) -> LossGradient:
         """See Objective; one all-gather of objects over the data-parallel group."""
-        if self._config.task == "embedding" and self._config.embedding.head == "multi_vector":
-            return self._inner(embeddings, batch, total=total)
+        self._inner.step = self.step
         if not self.is_plain:
             return self._inner(embeddings, batch, total=total)
         parts = gather_objects(Part.of(embeddings, batch), self._group)

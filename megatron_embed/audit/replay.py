@@ -96,10 +96,15 @@ class Replay:
         """Metrics and gradient of a step, which is left in the buffers; the parameters stay as they are."""
         objective = self.trainer.grad_cache.objective
         with varied(objective, variation):
-            seed_step(self.inputs.config.training.seed, step - 1, self.topology)
+            self._begin(step)
             metrics, squares = gradient_step(batch, self.trainer)
         norm = sum(float(square) for square in squares) ** 0.5
         return Numbers(metrics={**metrics, "grad_norm": norm}, squares=squares)
+
+    def _begin(self, step: int) -> None:
+        """Random numbers and schedules as they are in a step, from 1."""
+        seed_step(self.inputs.config.training.seed, step - 1, self.topology)
+        self.trainer.grad_cache.objective.step = step - 1
 
     def update(self, numbers: "Numbers") -> dict[str, float]:
         """The parameters' update by the gradient in the buffers. Returns the metrics of a whole step."""
@@ -119,7 +124,7 @@ class Replay:
 
     def evaluated(self, step: int, batch: StepBatch) -> dict[str, float]:
         """Metrics of a step by its forward passes alone, in training mode."""
-        seed_step(self.inputs.config.training.seed, step - 1, self.topology)
+        self._begin(step)
         return self.trainer.grad_cache.evaluate(batch).metrics()
 
     def evaluated_across_texts(self, step: int, batch: StepBatch) -> dict[str, float]:
@@ -128,7 +133,7 @@ class Replay:
         model, objective = gradients.models[0], gradients.objective
         if not objective.couples_batch:
             return {}
-        seed_step(self.inputs.config.training.seed, step - 1, self.topology)
+        self._begin(step)
         changed = []
         for micro in batch.micro_batches:
             one = dataclasses.replace(micro, cu_seqlens=micro.cu_seqlens[[0, -1]], rows=micro.rows[:1])

@@ -19,11 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     parser.add_argument("--input", required=True, metavar="FILE.jsonl", type=path,
                         help='Rows {"text": ..., "title"?: ...}; a title is put before its text, as in evaluate')
-    parser.add_argument("--output", required=True, metavar="FILE.npy|DIR", type=path,
+    parser.add_argument("--output", required=True, metavar="FILE.npy|FILE.npz|DIR", type=path,
                         help="File to write, one row per text; or a directory of such files (shards), for corpora that "
                              "do not fit into memory: a command that was killed resumes with the next shard. Of a "
                              "multi-vector model one row per vector, text after text, and FILE.offsets.npy with the "
-                             "first row of each text")
+                             "first row of each text. Of a sparse model FILE.npz, a matrix in compressed rows for "
+                             "scipy.sparse.load_npz, or a directory of them")
     parser.add_argument("--output-dtype", choices=("float32", "float16"), default="float32",
                         help="Type of the numbers in the files (default: float32)")
     parser.add_argument("--role", choices=("query", "document"),
@@ -43,19 +44,26 @@ def run(args: argparse.Namespace) -> int:
     folder = os.path.dirname(os.path.abspath(args.output))
     is_file_name = os.path.splitext(args.output)[1] != ""
     if (not (os.path.isdir(folder) and os.access(folder, os.W_OK)) or (os.path.isfile(args.output) != is_file_name
-            and os.path.exists(args.output)) or (is_file_name and not args.output.endswith(".npy"))):
-        raise ConfigError(f"--output {args.output}: must be a .npy file, or a directory, in a directory that exists "
-                          "and is writable", key="--output")
+            and os.path.exists(args.output)) or (is_file_name and not args.output.endswith((".npy", ".npz")))):
+        raise ConfigError(f"--output {args.output}: must be a .npy or .npz file, or a directory, in a directory that "
+                          "exists and is writable", key="--output")
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
-    from megatron_embed.run.encode_command import encode_to_directory, encode_to_file, encode_token_vectors
+    from megatron_embed.run.encode_command import (
+        encode_sparse_vectors,
+        encode_to_directory,
+        encode_to_file,
+        encode_token_vectors,
+    )
 
     prompts = given_prompts(args, () if args.role is None else (args.role,))
     with monitored_ranks() as start:
         encoder, model, _ = open_encoder(args, prompts=args.role is not None, given_prompts=prompts, start=start,
                                          multi_vector=True)
-        check_options_of_head(args, several=encoder.pooling == "tokens")
-        if encoder.pooling == "tokens":
+        check_options_of_head(args, encoder.pooling)
+        if encoder.pooling == "splade":
+            encode_sparse_vectors(args, texts, encoder)
+        elif encoder.pooling == "tokens":
             encode_token_vectors(args, texts, encoder)
         elif args.output.endswith(".npy"):
             encode_to_file(args, texts, encoder)
@@ -64,8 +72,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_options_of_head(args: argparse.Namespace, *, several: bool) -> None:
-    """Raises ConfigError if the model, of one vector per text or of several, cannot do what is asked."""
+def check_options_of_head(args: argparse.Namespace, pooling: str) -> None:
+    """Raises ConfigError if the model, of one vector per text, of several, or of a sparse one, cannot do what is
+    asked."""
+    several, sparse = pooling == "tokens", pooling == "splade"
+    if args.output.endswith(".npz") != sparse and (args.output.endswith(".npz") or args.output.endswith(".npy")):
+        raise ConfigError(f"--output {args.output}: sparse vectors are written as .npz, others as .npy; name a "
+                          f"{'.npz' if sparse else '.npy'} file", key="--output")
     given = f"--token-pooling {args.token_pooling}"
     if args.token_pooling is not None and not several:
         raise ConfigError(f"{given}: {args.model} gives one vector for a text; leave it out", key="--token-pooling")
@@ -75,6 +88,6 @@ def check_options_of_head(args: argparse.Namespace, *, several: bool) -> None:
     if several and not args.output.endswith(".npy"):
         raise ConfigError(f"--output {args.output}: vectors of a multi-vector model go into one file; name a .npy file",
                           key="--output")
-    if several and args.output_dtype != "float32":
-        raise ConfigError(f"--output-dtype {args.output_dtype}: vectors of a multi-vector model are written in float32"
-                          "; leave it out", key="--output-dtype")
+    if (several or sparse) and args.output_dtype != "float32":
+        raise ConfigError(f"--output-dtype {args.output_dtype}: vectors of a multi-vector or sparse model are written "
+                          "in float32; leave it out", key="--output-dtype")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_embed.config.require import require
-from megatron_embed.names import Direction, Hardness
+from megatron_embed.names import Direction, Hardness, Regularizer
 
 Loss = Literal["info_nce", "sigmoid", "cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle",
                "triplet", "margin_mse", "kl_distillation", "pointwise", "listwise", "margin_ranking", "ranknet",
@@ -18,7 +18,12 @@ LABELLED_PAIRS = ("cosine_similarity", "contrastive", "online_contrastive", "cos
 WITH_HARD_NEGATIVES = ("triplet", "margin_mse", "kl_distillation")
 """Losses of a query with its own positive and hard negatives."""
 MULTI_VECTOR_LOSSES = ("info_nce", "margin_mse", "kl_distillation")
-"""Those that take MaxSim as similarity."""
+"""Those that take MaxSim as similarity, or dot products of sparse vectors."""
+REGULARIZERS = ("query_regularizer", "query_regularizer_weight", "document_regularizer", "document_regularizer_weight",
+                "regularizer_warmup_steps", "regularizer_schedule")
+"""Settings of the terms that keep the vectors of a sparse model sparse."""
+QUERY_REGULARIZER_WEIGHT, DOCUMENT_REGULARIZER_WEIGHT = 5e-5, 3e-5
+"""Those of Sentence Transformers' examples."""
 EMBEDDING_LOSSES = CONTRASTIVE + LABELLED_PAIRS + WITH_HARD_NEGATIVES
 """Values of `objective.loss` for `task: embedding`."""
 RERANK_LOSSES = ("pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss", "kl_distillation")
@@ -79,6 +84,20 @@ class ObjectiveConfig:
     farther the negative should be than the positive, Euclidean (null: 5; unit vectors are at most 2 apart)."""
     teacher_temperature: float | None = None
     """Divides the teacher's scores in kl_distillation, > 0; null: same as temperature."""
+    query_regularizer: Regularizer = "flops"
+    """What is added to the loss of a sparse model for its queries. flops: the sum over the vocabulary of the squared
+    mean weight over the global batch's queries (Paria et al. 2020, arXiv:2004.05665). l1: the mean over these queries
+    of the sum of their weights."""
+    query_regularizer_weight: float | None = None
+    """Factor of that term, >= 0; null: 5e-5 of a sparse model. 0: none."""
+    document_regularizer: Regularizer = "flops"
+    """The same for documents, hard negatives included."""
+    document_regularizer_weight: float | None = None
+    """Factor of that term, >= 0; null: 3e-5 of a sparse model. 0: none."""
+    regularizer_warmup_steps: int = 0
+    """Optimizer steps over which both factors rise from 0, >= 0; a third of all steps in Sentence Transformers."""
+    regularizer_schedule: Literal["quadratic", "linear"] = "quadratic"
+    """How they rise: with the square of the share of these steps, or with the share."""
     matryoshka_weights: tuple[float, ...] = ()
     """Weights of the loss at each of embedding.matryoshka_dims, in their order; empty: 1 each."""
 
@@ -107,6 +126,15 @@ class ObjectiveConfig:
             return self.negatives == "global_batch"
         return self.loss in ("online_contrastive", "cosent", "angle")
 
+    def regularizer_weights(self, step: int) -> tuple[float, float]:
+        """The factors of the regularizers of queries and documents at an optimizer step, from 0, of a sparse model."""
+        query, document = self.query_regularizer_weight, self.document_regularizer_weight
+        query = QUERY_REGULARIZER_WEIGHT if query is None else query
+        document = DOCUMENT_REGULARIZER_WEIGHT if document is None else document
+        share = min(1.0, step / self.regularizer_warmup_steps) if self.regularizer_warmup_steps else 1.0
+        factor = share if self.regularizer_schedule == "linear" else share * share
+        return query * factor, document * factor
+
     def __post_init__(self) -> None:
         values = vars(self)
         for field in dataclasses.fields(self):
@@ -118,6 +146,9 @@ class ObjectiveConfig:
             require(value is None or value > 0, f"objective.{key}", value, "must be > 0; usual: 0.01 to 0.1")
         self._check_learned()
         self._check_contrast()
+        for key in ("query_regularizer_weight", "document_regularizer_weight", "regularizer_warmup_steps"):
+            value = values[key]
+            require(value is None or value >= 0, f"objective.{key}", value, "must be >= 0")
         require(self.margin is None or self.margin >= 0, "objective.margin", self.margin, "must be >= 0 or null")
         require(all(weight > 0 for weight in self.matryoshka_weights), "objective.matryoshka_weights",
                 list(self.matryoshka_weights), "must be > 0 each")

@@ -70,5 +70,5 @@ class OptimizerConfig:
                 "optimizer.overlap_param_gather", self.overlap_param_gather, OWN_READERS)
 
 
-OWN_READERS = ("parameters of adapters and of a reranker's head are read without a call of the module that holds them, "
+OWN_READERS = ("parameters of adapters and of a head are read without a call of the module that holds them, "
                "so nothing would wait for their gather; set it to false")

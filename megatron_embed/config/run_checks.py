@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_embed.config.objective import MULTI_VECTOR_LOSSES
+from megatron_embed.config.objective import MULTI_VECTOR_LOSSES, REGULARIZERS, ObjectiveConfig
 from megatron_embed.config.require import require
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ def check_first_pass(config: "RunConfig") -> None:
     key, merged = "training.first_pass_micro_batches", config.training.first_pass_micro_batches
     if merged in ("auto", 1):
         return
-    require(config.objective.couples_batch, key, merged, "has no effect where a loss stays within its micro-batch, "
+    require(config.workload.couples_batch, key, merged, "has no effect where a loss stays within its micro-batch, "
             "which takes one pass; remove it")
     require(not config.has_dropout, key, merged, "with dropout (training.hidden_dropout, training.attention_dropout or "
             "lora.dropout) both passes need the same micro-batches, to drop the same; set it to 1, or dropout to 0")
@@ -27,7 +27,7 @@ def check_transformer_engine(config: "RunConfig") -> None:
             "model.backend to auto or te, or this to none")
     require(fp8 == "none" or model.dtype != "float32", "model.fp8", fp8, "FP8 layers take and give bfloat16; set "
             "model.dtype to bfloat16, or this to none")
-    require(fp8 != "first_pass" or config.objective.couples_batch, "model.fp8", fp8, "a loss within micro-batches "
+    require(fp8 != "first_pass" or config.workload.couples_batch, "model.fp8", fp8, "a loss within micro-batches "
             "takes one pass, which has gradients; set this to both or none")
     require(fp8 != "none" or model.fp8_recipe == "blockwise", "model.fp8_recipe", model.fp8_recipe, "has no effect "
             "without model.fp8; set that, or remove this")
@@ -58,7 +58,7 @@ def check_kept_activations(config: "RunConfig") -> None:
     key, kept = "training.keep_activations", config.training.keep_activations
     if kept in ("auto", 0):
         return
-    require(config.objective.couples_batch, key, kept, "has no effect where a loss stays within its micro-batch, which "
+    require(config.workload.couples_batch, key, kept, "has no effect where a loss stays within its micro-batch, which "
             "takes one pass; remove it")
     stages = config.parallel.pipeline_model_parallel_size
     require(stages == 1, key, kept, f"a pipeline (parallel.pipeline_model_parallel_size = {stages}) computes every "
@@ -140,7 +140,8 @@ def check_reranker_run(config: "RunConfig") -> None:
 
 _OF_VECTORS = ("skiplist_words", "query_expansion", "attend_to_expansion")
 LEAST_TEMPERATURE = 0.1
-"""MaxSim is a sum over a query's vectors: divided by less, its softmax is a step."""
+"""MaxSim is a sum over a query's vectors, and a sparse dot product over tokens: divided by less, their softmax is a
+step."""
 
 
 def check_head(config: "RunConfig") -> None:
@@ -148,15 +149,23 @@ def check_head(config: "RunConfig") -> None:
     embedding, head = config.embedding, config.embedding.head
     if head is None:  # the model directory decides, and this is checked again then
         return
-    if head == "dense":
+    if head != "sparse":
+        defaults, given = vars(ObjectiveConfig()), vars(config.objective)
+        for key in REGULARIZERS:
+            require(given[key] == defaults[key], f"objective.{key}", given[key], "has no effect without "
+                    "embedding.head: sparse; set that, or remove it")
+    if head != "multi_vector":
         for key in _OF_VECTORS:
             value = vars(embedding)[key]
-            require(value is None, f"embedding.{key}", value, "a dense model has one vector for a text; set "
+            require(value is None, f"embedding.{key}", value, f"a {head} model has one vector for a text; set "
                     "embedding.head: multi_vector, or remove it")
+    if head == "dense":
         return
     if config.task == "reranker":
         require(False, "embedding.head", head, "a reranker gives scores and no vectors; remove it")
-    objective, multi = config.objective, "with embedding.head: multi_vector"
+    if head == "sparse":
+        _check_sparse(config)
+    objective, multi = config.objective, f"with embedding.head: {head}"
     require(embedding.pooling is None, "embedding.pooling", embedding.pooling, f"{multi} nothing is pooled; remove it")
     require(not embedding.matryoshka_dims, "embedding.matryoshka_dims", list(embedding.matryoshka_dims),
             f"has no effect {multi}, whose vectors keep all their dimensions; remove it")
@@ -165,19 +174,34 @@ def check_head(config: "RunConfig") -> None:
     require(objective.loss in MULTI_VECTOR_LOSSES, "objective.loss", objective.loss,
             f"is not a loss {multi}; choose one of {', '.join(MULTI_VECTOR_LOSSES)}")
     require(objective.directions == ("query_to_document",), "objective.directions", list(objective.directions),
-            f"MaxSim compares a query with documents alone ({multi}); remove it")
+            f"a query is compared with documents alone ({multi}); remove it")
     require(not config.evaluation.sts, "evaluation.sts", [item.path for item in config.evaluation.sts],
-            f"MaxSim compares a query with documents, not two texts alike ({multi}); remove it")
+            f"a query is compared with documents, not two texts alike ({multi}); remove it")
     formats = config.checkpoint.export_formats
     require(not formats, "checkpoint.export_formats", list(formats),
-            f"none of these formats holds a vector for every token ({multi}); remove it")
+            f"none of these formats holds such a model ({multi}); remove it")
 
 
-def check_maxsim_temperature(config: "RunConfig") -> None:
-    """Refuse a temperature meant for cosines, such as the default, where training compares by MaxSim."""
-    objective = config.objective
-    if config.embedding.head != "multi_vector" or objective.loss == "margin_mse":
+def _check_sparse(config: "RunConfig") -> None:
+    """Refuse what a sparse model does not have."""
+    sparse, embedding = "with embedding.head: sparse", config.embedding
+    require(embedding.normalize is not True, "embedding.normalize", True, "sparse vectors keep their length, and are "
+            f"compared by dot product ({sparse}); remove it")
+    require(embedding.embedding_dim is None, "embedding.embedding_dim", embedding.embedding_dim, "a sparse vector has "
+            f"as many numbers as the vocabulary has tokens ({sparse}); remove it")
+    require(config.objective.negatives == "global_batch", "objective.negatives", config.objective.negatives,
+            f"the regularizers are over the global batch ({sparse}); remove it")
+    require(config.lora.rank == 0, "lora.rank", config.lora.rank, "adapters leave the vocabulary head as it is, and it "
+            f"has to be trained ({sparse}); set it to 0")
+    require(config.model.quantization == "none", "model.quantization", config.model.quantization, "quantized weights "
+            f"are trained by adapters alone ({sparse}); set it to none")
+
+
+def check_score_temperature(config: "RunConfig") -> None:
+    """Refuse a temperature meant for cosines, such as the default, where similarities are sums over tokens."""
+    objective, head = config.objective, config.embedding.head
+    if head not in ("multi_vector", "sparse") or objective.loss == "margin_mse":
         return
+    what = "dot products are sums over tokens" if head == "sparse" else "MaxSim is a sum over the vectors of a query"
     require(objective.temperature >= LEAST_TEMPERATURE, "objective.temperature", objective.temperature,
-            f"must be >= {LEAST_TEMPERATURE} with embedding.head: multi_vector, whose MaxSim is a sum over the vectors "
-            "of a query; usual: 1")
+            f"must be >= {LEAST_TEMPERATURE} with embedding.head: {head}, whose {what}; usual: 1")

@@ -29,8 +29,8 @@ from megatron_embed.names import Activation, ContextMethod, EmbeddingHead, HeadK
 class EmbeddingConfig:
     head: EmbeddingHead | None = None
     """dense: one vector for a text. multi_vector: a vector for every token of it, compared by MaxSim, the sum over the
-    query's vectors of each one's largest dot product with a vector of the document (late interaction, ColBERT). null:
-    multi_vector if the model directory is of such a model, otherwise dense."""
+    query's vectors of each one's largest dot product with a vector of the document (late interaction, ColBERT).
+    sparse: a weight for every token of the vocabulary (SPLADE). null: as the model directory says, otherwise dense."""
     pooling: Pooling | None = None
     """null: the setting in the model directory's Sentence Transformers files, otherwise mean for an encoder and
     lasttoken for a decoder."""
@@ -377,7 +377,8 @@ class RunConfig:
                 f"is not a loss of task: {self.task}; choose one of {', '.join(losses)}")
         if self.task == "reranker":
             check_reranker_run(self)
-        self.optimizer.check_against(has_head=self.workload.has_head, dtype=self.model.dtype, lora_rank=self.lora.rank)
+        has_head = self.workload.has_head or self.embedding.head == "sparse"
+        self.optimizer.check_against(has_head=has_head, dtype=self.model.dtype, lora_rank=self.lora.rank)
         weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
         require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
                 f"must have one weight per entry of embedding.matryoshka_dims = {list(dims)}")

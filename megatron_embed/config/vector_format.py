@@ -56,8 +56,13 @@ def format_of_run(embedding: "EmbeddingConfig", own: VectorFormat | None) -> Vec
     return replace(known, prefix_tokens=True, skiplist_words=embedding.skiplist_words or (), expansion=wanted)
 
 
-def with_format(embedding: "EmbeddingConfig", own: VectorFormat | None) -> "EmbeddingConfig":
-    """The settings with those of the model directory where they are null, else those of a new model."""
+def with_format(embedding: "EmbeddingConfig", own: VectorFormat | None, *, sparse: bool = False) -> "EmbeddingConfig":
+    """The settings with those of the model directory where they are null, else those of a new model.
+
+    `sparse`: the directory's model is a sparse one.
+    """
+    if embedding.head == "sparse" or (embedding.head is None and sparse):
+        return replace(embedding, head="sparse")
     if embedding.head == "dense" or (embedding.head is None and own is None):
         return replace(embedding, head="dense")
     words = embedding.skiplist_words

@@ -43,6 +43,12 @@ class Workload(ABC):
         """
 
     @property
+    def couples_batch(self) -> bool:
+        """Whether the loss of a row depends on rows of other micro-batches of the step: that of a sparse model does, by
+        its regularizers."""
+        return self.config.objective.couples_batch or self.config.embedding.head == "sparse"
+
+    @property
     def tokens_per_query(self) -> int:
         """Tokens of all texts that belong to a query, each as long as it may be."""
         return sum(count * tokens for count, tokens in self.texts_per_query)
@@ -69,7 +75,7 @@ class EmbeddingWorkload(Workload):
 
     def least_tokens(self, documents: int | None) -> tuple[int, str]:
         query, document = self.config.data.max_length("query"), self.config.data.max_length("document")
-        if self.config.objective.couples_batch:
+        if self.couples_batch:
             return max(query, document), f"max(query_max_length, document_max_length) = max({query}, {document})"
         count = "(num_positives + num_negatives)" if documents is None else "(documents of a query in data.train)"
         documents = self._allowed_documents if documents is None else documents

@@ -42,7 +42,7 @@ FORMAT = 1
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5",
             "*.msgpack", "*.ot", "*.gguf", "*.onnx*", "*.ckpt")
-_MODULE_FOLDER = re.compile(r"\d+_(Transformer|Pooling|Normalize|Dense|LogitScore|MultiVectorMask)")
+_MODULE_FOLDER = re.compile(r"\d+_(Transformer|Pooling|Normalize|Dense|LogitScore|MultiVectorMask|SpladePooling)")
 """Names of module folders, as Sentence Transformers and our exports write them."""
 _SIDECAR_BYTES = 64 << 20
 """Bytes allowed for config, tokenizer and headers in the check of free disk space."""

@@ -21,6 +21,7 @@ from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import Context, PadVocabulary, Transform, nbytes
+from megatron_embed.convert.vocabulary_tensors import VocabularyExport
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import HeadKind
@@ -99,12 +100,13 @@ class HFWriter:
     """
 
     def __init__(self, reader: DcpReader, parameters: list[StoredParameter], checkpoint: CheckpointDirectory,
-                 passthrough: PassthroughFile, *, head: HeadExport | None, dtype: torch.dtype | None) -> None:
+                 passthrough: PassthroughFile, *, head: HeadExport | VocabularyExport | None,
+                 dtype: torch.dtype | None) -> None:
         """
         Args:
             reader: the checkpoint's tensors.
             passthrough: the checkpoint's passthrough tensors.
-            head: the head of a reranker; None: the model is not a reranker.
+            head: the head of a reranker or of a sparse model; None: the model has none.
             dtype: dtype of every floating-point tensor; None: unchanged.
         """
         info, family = checkpoint.info, rules_for(checkpoint.info.family)
@@ -201,16 +203,16 @@ class HFWriter:
 
 
 def head_export(reader: DcpReader, checkpoint: CheckpointDirectory, passthrough: PassthroughFile, shape: ModelShape,
-                reranker: RerankerFormat | None) -> HeadExport | None:
-    """The head of a reranker's checkpoint; None for any other."""
+                reranker: RerankerFormat | None) -> HeadExport | VocabularyExport | None:
+    """The head of a reranker's checkpoint, or of a trained sparse model's; None for any other."""
+    family = rules_for(checkpoint.info.family)
+    keys = [key for key in reader.keys() if key.startswith(HEAD_KEYS)]  # noqa: SIM118  a reader is not a mapping
+    head = {key.removeprefix(HEAD_KEYS): reader.read(key) for key in keys}
     if reranker is None:
         if checkpoint.info.head is not None:
             raise CheckpointError(f"{checkpoint.path}: is a reranker's checkpoint (head {checkpoint.info.head}); use "
                                   "--format cross-encoder or --format hf")
-        return None
-    family = rules_for(checkpoint.info.family)
-    keys = [key for key in reader.keys() if key.startswith(HEAD_KEYS)]  # noqa: SIM118  a reader is not a mapping
-    head = {key.removeprefix(HEAD_KEYS): reader.read(key) for key in keys}
+        return VocabularyExport(family.name, head, shape.vocab_size) if head else None
     if not head and reranker.kind == "yes_no" and shape.tie_word_embeddings:
         assert reranker.token_ids is not None
         embeddings = reader.read(family.checkpoint_key(WORD_EMBEDDINGS)[0])

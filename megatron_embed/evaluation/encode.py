@@ -15,6 +15,7 @@ from megatron_embed.errors import DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.finite import require_finite
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, to_device
 from megatron_embed.models.passes import embed, evaluation_mode, unwrapped
+from megatron_embed.models.vocabulary_shape import padded_vocabulary
 from megatron_embed.names import ModelPooling, Role
 from megatron_embed.parallel.collectives import (
     gather_padded,
@@ -47,7 +48,7 @@ class ModelRunner:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, *, pooling: ModelPooling, dim: int,
                  kernel: AttentionKernel, causal: bool) -> None:
-        """`dim`: output width, 1 for scores."""
+        """`dim`: output width, 1 for scores, of a sparse model the vocabulary's."""
         self.chunks = chunks
         self.topology = topology
         self.pooling = pooling
@@ -55,6 +56,8 @@ class ModelRunner:
         self.kernel = kernel
         self.causal = causal
         self.shape = unwrapped(chunks[0]).shape
+        # A sparse model's tensor-parallel ranks have a share of the vocabulary each.
+        self.width = padded_vocabulary(dim, topology.tp_size) // topology.tp_size if pooling == "splade" else dim
         self.packing = PackingSpec(micro_batch_tokens=MICRO_BATCH_TOKENS, alignment=token_alignment(topology.sizes),
                                    uniform_size=topology.pp_size > 1)
 
@@ -112,8 +115,9 @@ class ModelRunner:
         return micro_batches
 
     def run_share(self, items: Sequence[Item], pack: Pack[Item], first: int) -> TextVectors:
-        """The vectors of this rank's share of a few items, every dp_size-th; those of a multi-vector model, which stay
-        where they are. Called by all ranks; no vectors before the last stage of a pipeline. Dropout is off.
+        """The vectors of this rank's share of a few items, every dp_size-th; those of a multi-vector model, or one for
+        each item, of a sparse one [items, vocabulary/tp]. They stay where they are. Called by all ranks; no vectors
+        before the last stage of a pipeline. Dropout is off.
 
         `first`: index of the first of these items among all.
 
@@ -122,7 +126,9 @@ class ModelRunner:
         leave_if_asked()
         num_items = len(items[self.topology.dp_rank :: self.topology.dp_size])
         micro_batches = self._pack_block(items, pack, first)
-        counts = vector_counts(micro_batches)[:num_items]
+        counts = torch.ones(num_items, dtype=torch.int64)
+        if self.pooling == "tokens":
+            counts = vector_counts(micro_batches)[:num_items]
         with evaluation_mode(self.chunks):
             vectors = self._run_share(micro_batches, int(counts.sum()))
         leave_if_asked()
@@ -146,7 +152,7 @@ class ModelRunner:
             return self._run_until_asked(batches, num_items)
         rows = embed(self.chunks, batches, self.topology)
         if rows is None:
-            return torch.zeros(0, self.dim, device=self.topology.device)
+            return torch.zeros(0, self.width, device=self.topology.device)
         return rows[:num_items]
 
     def _run_until_asked(self, batches: Sequence[DeviceMicroBatch], num_items: int) -> Tensor:
@@ -160,7 +166,7 @@ class ModelRunner:
             sizes.expert_model_parallel_size == sizes.expert_tensor_parallel_size == 1)
         at_once = 1 if topology.pp_size == 1 else BATCHES_AT_ONCE * topology.pp_size
         times = -(-len(batches) // at_once)
-        result = torch.zeros(max(num_items, 1), self.dim, device=topology.device)
+        result = torch.zeros(max(num_items, 1), self.width, device=topology.device)
         for start in range(0, at_once * (times if one_rank_model else largest(times, dist.group.WORLD)), at_once):
             if stop.asked() if one_rank_model else smallest(-int(stop.asked())) < 0:
                 break
@@ -209,7 +215,7 @@ class TextEncoder(ModelRunner):
             EmptyTextError: for a text without tokens, on every rank alike.
             UserError: an embedding that is not finite, on every rank alike.
         """
-        assert self.pooling != "tokens", "a multi-vector model's texts have several vectors: see `blocks`"
+        assert self.pooling not in ("tokens", "splade"), "see `blocks`, or sparse_vectors.py"
 
         def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
             return self._pack_share(list(part), role, instruction)
@@ -221,7 +227,7 @@ class TextEncoder(ModelRunner):
             raise EmptyTextError(error.row, f"{role} text number {error.row + 1}", error.text) from None
 
     def share(self, texts: Sequence[str], role: Role, first: int = 0, *, instruction: str | None = None) -> TextVectors:
-        """The vectors of this rank's share of these texts by a multi-vector model; see `run_share`."""
+        """The vectors of this rank's share of these texts by a multi-vector or sparse model; see `run_share`."""
         def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
             return self._pack_share(list(part), role, instruction)
 

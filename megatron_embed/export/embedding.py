@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from megatron_embed.batch import TextVectors
@@ -17,12 +18,15 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.convert.dense_tensors import take_dense
+from megatron_embed.convert.vocabulary_tensors import vocabulary_class
 from megatron_embed.data.tokenizer import RoleTokenizer, fill_template
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.sparse_vectors import sparse_vectors
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import WantedExport, export, export_on_rank_0
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
 from megatron_embed.export.verify_multi_vector import compare_with_multi_vector_encoder
+from megatron_embed.export.verify_sparse import compare_with_sparse_encoder
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape
@@ -118,7 +122,8 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
     lengths = {role: config.data.max_length(role) for role in roles}
     take_dense(hf, saved.dense)  # the trained weights are among the checkpoint's tensors
     export_sentence_transformers(
-        hf, pooling=pooling, normalize=unit_length, needs_eos=pooling == "lasttoken" and saved.chat is None,
+        hf, pooling=pooling, normalize=unit_length, needs_eos=pooling == "lasttoken" and saved.chat is None and (
+            not saved.sparse),
         query_prompt=fill_template(config.data.prompt("query"), config.embedding.instruction),
         document_prompt=config.data.prompt("document"), max_seq_length=max(lengths.values()),
         embedding_dimension=model.shape.hidden_size, saved=dataclasses.replace(
@@ -128,6 +133,8 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
     facts: dict[str, object] = {}
     if config.model.bidirectional and not model.shape.bidirectional:
         facts["is_causal"] = False
+    if saved.sparse:
+        facts["architectures"] = [vocabulary_class(model.shape.family)]
     if config.embedding.matryoshka_dims:
         facts["matryoshka_dimensions"] = sorted(config.embedding.matryoshka_dims)  # what vLLM lets a request ask for
     if facts:
@@ -151,11 +158,13 @@ class RoleProbe:
     """[texts, dim], or those of a multi-vector model."""
     cut: list[tuple[str, list[int]]]
     """Texts at the border of the maximum length, and the ids of their tokens."""
+    sparse: bool = False
+    """The model is a sparse one."""
 
     @property
     def one_each(self) -> Tensor:
         """The vectors, one of each text."""
-        assert isinstance(self.vectors, Tensor), "no other engine's files hold a multi-vector model"
+        assert isinstance(self.vectors, Tensor) and not self.sparse, "no other engine's files hold such a model"
         return self.vectors
 
     def compare(self, directory: Path, settings: ExpectedSettings, minimum_cosine: float) -> str:
@@ -165,6 +174,10 @@ class RoleProbe:
         dtype = "float32" if slow else "auto"
         if isinstance(self.vectors, TextVectors):
             report = compare_with_multi_vector_encoder(
+                directory, self.texts, self.vectors, role=self.role, minimum_cosine=minimum_cosine, expected=settings,
+                cut=self.cut, dtype=dtype)
+        elif self.sparse:
+            report = compare_with_sparse_encoder(
                 directory, self.texts, self.vectors, role=self.role, minimum_cosine=minimum_cosine, expected=settings,
                 cut=self.cut, dtype=dtype)
         else:
@@ -188,10 +201,18 @@ def export_probes(encoder: TextEncoder, texts: Sequence[str], longest: int) -> l
                                    encoder.tokenizer.max_length(role) if several else longest).texts)
         whole = [*texts, *(border if encoder.tokenizer.max_length(role) <= LONGEST_COMPUTED else [])]
         ids = encoder.tokenizer.tokenize(border, role).token_ids
-        vectors = encoder.vectors(whole, role) if several else encoder.encode(whole, role)
-        probes.append(RoleProbe(role=role, texts=whole, vectors=vectors,
-                                cut=list(zip(border, ids, strict=True))))
+        probes.append(RoleProbe(role=role, texts=whole, vectors=_vectors_of_probes(encoder, whole, role),
+                                cut=list(zip(border, ids, strict=True)), sparse=encoder.pooling == "splade"))
     return probes
+
+
+def _vectors_of_probes(encoder: TextEncoder, texts: list[str], role: Role) -> Tensor | TextVectors:
+    """Vectors of a few texts; those of a sparse model as [texts, vocabulary]."""
+    if encoder.pooling == "tokens":
+        return encoder.vectors(texts, role)
+    if encoder.pooling == "splade":
+        return torch.from_numpy(sparse_vectors(encoder, texts, role).toarray())
+    return encoder.encode(texts, role)
 
 
 def export_model(checkpoint: str, wanted: Sequence[WantedExport], encoder: TextEncoder, texts: Sequence[str],

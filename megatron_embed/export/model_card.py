@@ -24,6 +24,14 @@ queries = model.encode_query(["what is asked"])
 documents = model.encode_document(["what may answer it", "something else"])
 print(model.similarity(queries, documents))
 ```"""
+_SPARSE_USE = """```python
+from sentence_transformers import SparseEncoder
+
+model = SparseEncoder("PATH")
+queries = model.encode_query(["what is asked"])
+documents = model.encode_document(["what may answer it", "something else"])
+print(model.similarity(queries, documents), model.decode(queries[0], top_k=5))
+```"""
 _MULTI_VECTOR_USE = """```python
 from sentence_transformers import MultiVectorEncoder  # version 6 or later
 
@@ -74,8 +82,8 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
         use: how it is loaded; None: as Sentence Transformers does.
         library: that loads it, by the hub's name.
     """
-    several = config.embedding.head == "multi_vector"
-    use = use or (_RERANKER_USE if dim is None else _MULTI_VECTOR_USE if several else _EMBEDDING_USE)
+    uses = {"multi_vector": _MULTI_VECTOR_USE, "sparse": _SPARSE_USE}
+    use = use or (_RERANKER_USE if dim is None else uses.get(config.embedding.head or "", _EMBEDDING_USE))
     prompts = _saved_prompts(directory) or {role: config.data.prompt(role) for role in ("query", "document")}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _head(config, library, dim).items()), "---", "",
              f"# {title or directory_title(config)}", "", _what(config, dim), "", "## Use", "", use, "",
@@ -107,6 +115,8 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
     use = _use(kind, info.head, pooling)
     if pooling == "tokens" and kind != "hf":
         use = _PYLATE_USE if kind == "pylate" else _MULTI_VECTOR_USE
+    if pooling == "splade" and kind != "hf":
+        use = _SPARSE_USE
     config = _run_of(file)
     if config is not None:
         from megatron_embed.checkpoint.load import steps_done  # loads Megatron, which comparing does anyway
@@ -127,6 +137,8 @@ def _pooling_of(hf: Path) -> tuple[ModelPooling | None, int]:
         return None, shape.hidden_size
     if saved.vectors is not None:
         return "tokens", embedding_width(saved.dense, shape, "tokens")
+    if saved.sparse:
+        return "splade", shape.vocab_size
     return saved.pooling, embedding_width(saved.dense, shape, saved.pooling or default_pooling(shape))
 
 
@@ -144,7 +156,8 @@ def _use(kind: ExportFormat, head: str | None, pooling: str | None) -> str:
         auto, more = _AUTO[head]
         return _PEFT_USE.replace("AUTO", auto).replace("MORE", more)
     if kind == "hf" and head is None:
-        how = f"their pooling to one vector: {pooling}" if pooling not in (None, "tokens") else "token vectors"
+        known = pooling not in (None, "tokens", "splade")
+        how = f"their pooling to one vector: {pooling}" if known else "token vectors"
         return _PLAIN_USE.replace("HOW", how)
     return _EMBEDDING_USE if head is None else _RERANKER_USE
 
@@ -200,6 +213,9 @@ def _what(config: RunConfig, dim: int | None) -> str:
     if config.embedding.head == "multi_vector":
         return (f"A multi-vector embedding model: texts to a vector of {dim} numbers for every token, compared by "
                 f"MaxSim; {by}")
+    if config.embedding.head == "sparse":
+        return (f"A sparse embedding model (SPLADE): texts to a weight for each of {dim} tokens of the vocabulary, "
+                f"most of them 0, compared by dot product; {by}")
     unit = ("unit vectors, compared by their cosine" if config.embedding.unit_length
             else "compared by their dot product")
     return f"An embedding model: texts to vectors of {dim} numbers ({unit}); {by}{also}"

@@ -17,10 +17,10 @@ from megatron_embed.convert.checkpoint_directory import drop_standard_modules, w
 from megatron_embed.convert.dense_tensors import take_dense, write_dense
 from megatron_embed.data.token_vectors import keep_prompts_whole
 from megatron_embed.errors import CheckpointError, first_line
-from megatron_embed.export import multi_vector
+from megatron_embed.export import multi_vector, sparse
 from megatron_embed.models.dense_settings import ACTIVATION_CLASSES, DenseSettings
 from megatron_embed.models.file_checks import check_tokenizer_names
-from megatron_embed.models.saved_settings import SavedSettings
+from megatron_embed.models.saved_settings import SPARSE_ENCODER, SavedSettings
 from megatron_embed.names import Pooling, TruncationSide
 
 POOLING_FLAGS = {
@@ -70,12 +70,14 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
     write_json(directory / "sentence_bert_config.json", {
         "max_seq_length": max_seq_length, "do_lower_case": saved.lower_case,
         **({f"{role}_length": length for role, length in saved.role_lengths.items()}
-           if saved.vectors is None else multi_vector.lengths(saved)), **_chat_settings(saved)})
+           if saved.vectors is None else multi_vector.lengths(saved)), **_chat_settings(saved),
+        **(sparse.transformer_settings(directory) if saved.sparse else {})})
     others = {name: text for name, text in saved.named_prompts.items() if name not in ("passage", "corpus")}
     default = saved.default_prompt_name
     write_json(directory / "config_sentence_transformers.json", {
         "__version__": library_versions(),
-        "model_type": "SentenceTransformer" if saved.vectors is None else multi_vector.MODEL_TYPE,
+        "model_type": SPARSE_ENCODER if saved.sparse else
+        "SentenceTransformer" if saved.vectors is None else multi_vector.MODEL_TYPE,
         "prompts": {**others, "query": query_prompt, "document": document_prompt},
         "default_prompt_name": "document" if default in ("passage", "corpus") else default,
         "similarity_fn_name": saved.similarity if saved.vectors is None else multi_vector.SIMILARITY})
@@ -90,7 +92,9 @@ def _write_modules(directory: Path, saved: SavedSettings, *, normalize: bool, po
     weights = take_dense(directory, saved.dense)
     drop_standard_modules(directory)
     steps: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [("Transformer", {}, {})]
-    if saved.vectors is None:
+    if saved.sparse:
+        steps.append(("SpladePooling", sparse.pooling_config(directory), {}))
+    elif saved.vectors is None:
         steps.append(("Pooling", pooling, {}))
     for settings, tensors in zip(saved.dense, weights, strict=True):
         steps += [("Normalize", {}, {})] if settings.normalize_input else []
@@ -100,6 +104,8 @@ def _write_modules(directory: Path, saved: SavedSettings, *, normalize: bool, po
     steps += [("Normalize", {}, {})] if normalize else []
     paths = ["" if kind == "Transformer" else f"{index}_{kind}" for index, (kind, _, _) in enumerate(steps)]
     types = LEGACY_TYPES if saved.vectors is None else multi_vector.TYPES
+    if saved.sparse:
+        types = sparse.types(directory)
     if saved.vectors is not None:
         steps = [(kind, multi_vector.of_tokens(kind, config), tensors) for kind, config, tensors in steps]
     write_json(directory / "modules.json", [

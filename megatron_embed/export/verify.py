@@ -81,17 +81,17 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
     directory = Path(directory)
     with library_errors(directory, "Sentence Transformers"):
         model = _load_sentence_transformer(directory, dtype)
-        stock_ids = [_stock_ids(model, text, prompt_name) for text, _ in cut]
+        ids = [stock_ids(model, text, prompt_name) for text, _ in cut]
         encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[prompt_name]
         vectors: Tensor = encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
     if expected is not None:
         require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
-    require_stock_ids(directory, cut, stock_ids)
+    require_stock_ids(directory, cut, ids)
     return compare_vectors(directory, stock_library(directory, "Sentence Transformers"), texts, vectors, our_vectors,
                            minimum_cosine)
 
 
-def _stock_ids(model: Any, text: str, role: str | None) -> list[int]:
+def stock_ids(model: Any, text: str, role: str | None) -> list[int]:
     """Token ids of a text as the library makes them: with the role's prompt, cut, and in the chat template if any."""
     prompt = "" if role is None else (model.prompts or {}).get(role) or ""
     if int(version("sentence-transformers").partition(".")[0]) < 6:
@@ -144,13 +144,13 @@ def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], te
 
 
 def require_stock_ids(directory: Path, cut: Sequence[tuple[str, Sequence[int]]],
-                      stock_ids: Sequence[Sequence[int]]) -> None:
+                      theirs_of: Sequence[Sequence[int]]) -> None:
     """Raises CheckpointError if Sentence Transformers makes other token ids of a text that is cut.
 
     Args:
         cut: texts at the maximum length, with the trained model's ids.
     """
-    for (text, ids), theirs in zip(cut, stock_ids, strict=True):
+    for (text, ids), theirs in zip(cut, theirs_of, strict=True):
         if list(ids) != list(theirs):
             raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
                                   f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "

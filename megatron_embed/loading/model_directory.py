@@ -14,7 +14,7 @@ from typing import Self
 import torch
 
 from megatron_embed.checkpoint.load import keys_of, load_model
-from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS
+from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS, HEAD_KEYS
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
 from megatron_embed.config.vector_format import format_of_run, with_format
@@ -32,11 +32,12 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.loading.hub import local_directory
 from megatron_embed.loading.quantized import load_quantized_weights, quantized_as
+from megatron_embed.loading.vocabulary_head import load_vocabulary_head
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.dense import initialize_dense
 from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
-from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
+from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
@@ -45,6 +46,8 @@ from megatron_embed.models.modules_json import supported_modules, transformer_fo
 from megatron_embed.models.quantization import QuantizedBase, StoredQuantization, stored_quantization
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
+from megatron_embed.models.vocabulary_head import VocabularyHead
+from megatron_embed.models.vocabulary_shape import check_family, padded_vocabulary
 from megatron_embed.names import ModelPooling, Pooling, Role
 from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
@@ -118,22 +121,28 @@ class ModelDirectory:
         return embedding_width(self.dense(config), self.shape, self.pooling(config.pooling))
 
     def require_one_vector(self, key: str, what: str) -> None:
-        """Raises ConfigError, beginning with the option `key`, for a multi-vector model; `what` tells why."""
-        if self.saved.vectors is not None:
-            raise ConfigError(f"{key} {self.path}: a multi-vector model, with a vector for every token, and {what} one "
-                              "for each text; give a model with a pooling, or use encode, evaluate, mine or Sentence "
-                              "Transformers' MultiVectorEncoder", key=key)
+        """Raises ConfigError, beginning with the option `key`, for a multi-vector or sparse model; `what` tells why."""
+        if self.saved.vectors is None and not self.saved.sparse:
+            return
+        kind, stock = ("multi-vector model, with a vector for every token", "MultiVectorEncoder")
+        if self.saved.sparse:
+            kind, stock = ("sparse model, with a weight for every token of the vocabulary", "SparseEncoder")
+        raise ConfigError(f"{key} {self.path}: a {kind}, and {what} one vector for each text; give a model with a "
+                          f"pooling, or use encode, evaluate, mine or Sentence Transformers' {stock}", key=key)
 
     def of_run(self, config: EmbeddingConfig) -> Self:
         """The model with the head that a run gives it, whose settings are complete; see `with_format`."""
         vectors = format_of_run(config, self.saved.vectors)
-        return dataclasses.replace(self, saved=dataclasses.replace(self.saved, vectors=vectors))
+        return dataclasses.replace(self, saved=dataclasses.replace(
+            self.saved, vectors=vectors, sparse=config.head == "sparse"))
 
     def pooling(self, wanted: Pooling | None) -> ModelPooling:
         """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder; `tokens` of a
         multi-vector model."""
         if self.saved.vectors is not None:
             return "tokens"
+        if self.saved.sparse:
+            return "splade"
         return wanted or self.saved.pooling or default_pooling(self.shape)
 
 
@@ -247,6 +256,9 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     model_parallel_cuda_manual_seed(config.training.seed)
     pooling = model.pooling(config.embedding.pooling) if head_spec is None else head_pooling(model.shape)
     settings = adapters_of(config.lora, model)
+    if pooling == "splade":
+        _check_sparse(model, settings)
+        with_head = model.checkpoint is not None and any(key.startswith(HEAD_KEYS) for key in keys_of(model.checkpoint))
     adapters = None if settings is None else Adapters(
         rank=settings.rank, scale=settings.scale, dropout=config.lora.dropout, seed=config.training.seed,
         parts=parts_by_linear(rules_for(model.shape.family), settings.modules))
@@ -262,9 +274,24 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
                    with_adapters=model.adapters is not None and model.peft is None)
     if not stored:
         _load_dense_weights(model, chunks, config.training.seed, dense)
+    if pooling == "splade" and not with_head:
+        head = chunks[-1].head
+        assert head is None or isinstance(head, VocabularyHead)
+        load_vocabulary_head(head, model.hf, model.checkpoint, model.shape, config.training.seed)
     if model.peft is not None:
         _load_peft_weights(model.peft, model, chunks, topology, with_head=head_spec is not None)
     return chunks
+
+
+def _check_sparse(model: ModelDirectory, adapters: AdapterSettings | None) -> None:
+    """Raises ConfigError for a model that cannot give sparse vectors."""
+    check_family(model.shape)
+    if adapters is not None:
+        raise ConfigError(f"embedding.head = 'sparse': {model.peft or model.path} has adapters, which leave the "
+                          "vocabulary head as it is, and it has to be trained; merge them first", key="embedding.head")
+    if model.saved.chat is not None:
+        raise ConfigError(f"embedding.head = 'sparse': {model.path} puts every text into a chat template; take a model "
+                          "without one", key="embedding.head")
 
 
 def _holds_dense(model: ModelDirectory, dense: Sequence[DenseSettings]) -> bool:
@@ -360,17 +387,19 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
     """
     model = find_model(args.model, key)
     if not with_dense:
-        model = dataclasses.replace(model, saved=dataclasses.replace(model.saved, dense=(), vectors=None))
+        model = dataclasses.replace(model, saved=dataclasses.replace(
+            model.saved, dense=(), vectors=None, sparse=False))
     if not multi_vector:
         model.require_one_vector(key, "here a model has")
-    if args.pooling is not None and model.saved.vectors is not None:
-        raise ConfigError(f"--pooling {args.pooling}: {args.model} gives a vector for every token, and pools nothing; "
-                          "leave it out", key="--pooling")
+    if args.pooling is not None and (model.saved.vectors is not None or model.saved.sparse):
+        raise ConfigError(f"--pooling {args.pooling}: {args.model} is a multi-vector or sparse model, whose vectors "
+                          "come without a choice of pooling; leave it out", key="--pooling")
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
     config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
                                   *args.overrides])
-    normalize = not args.no_normalize and model.saved.normalize is not False
-    embedding = with_format(EmbeddingConfig(pooling=args.pooling, normalize=normalize), model.saved.vectors)
+    normalize = not (args.no_normalize or model.saved.normalize is False or model.saved.sparse)
+    embedding = with_format(EmbeddingConfig(pooling=args.pooling, normalize=normalize), model.saved.vectors,
+                            sparse=model.saved.sparse)
     config = quantized_as(dataclasses.replace(config, embedding=embedding), model)
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)

@@ -9,9 +9,8 @@ import torch
 
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import RerankerConfig, RunConfig
-from megatron_embed.convert.checkpoint_directory import PassthroughFile, open_checkpoint, open_passthrough
+from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.convert.head_tensors import read_head, score_names
-from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.peft import PeftAdapter
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.data.jsonl import shortened
@@ -27,6 +26,7 @@ from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.loading.foreign_reranker import Inherited, inherited
 from megatron_embed.loading.model_directory import ModelDirectory, error_context, find_model, load_model_chunks
 from megatron_embed.loading.quantized import quantized_as
+from megatron_embed.loading.vocabulary_head import passthrough_tensors
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.cross_encoder_settings import is_saved_cross_encoder
@@ -208,7 +208,7 @@ def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Top
 
 def _head_of_directory(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.Tensor]:
     """The head's tensors that a model directory has, by our names."""
-    with _passthrough_tensors(model) as source:
+    with passthrough_tensors(model.hf, model.checkpoint) as source:
         return read_head(source, model.shape.family, spec.kind,
                          spec.token_ids if spec.kind == "yes_no" else None, str(model.path))
 
@@ -225,11 +225,6 @@ def _head_of_adapter(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.T
                                   f"{spec.kind}; merge the adapter with PEFT's merge_and_unload, or choose the other "
                                   "reranker.head")
         return {ours: adapter.read_head(name) for ours, name in names.items() if name in adapter.head}
-
-
-def _passthrough_tensors(model: ModelDirectory) -> HFDirectory | PassthroughFile:
-    """The tensors of a directory that no layer of ours uses; to be closed."""
-    return HFDirectory(model.hf) if model.checkpoint is None else open_passthrough(open_checkpoint(model.checkpoint))
 
 
 def open_saved_pair_tokenizer(model: ModelDirectory, key: str = "--model",

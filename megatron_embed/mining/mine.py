@@ -88,12 +88,13 @@ class MiningJob:
             raise EmptyTextError(error.row, self._source_of(role, first + error.row), error.text) from None
         self._finish(mined, scorer, is_first=topology.rank == 0)
 
-    def mine_with_tokens(self, encoder: "TextEncoder", scorer: "PairScorer | None") -> None:
-        """The same with a multi-vector model, by MaxSim. Called by all ranks."""
-        from megatron_embed.mining.multi_vector import mine_maxsim
+    def mine_with_blocks(self, encoder: "TextEncoder", scorer: "PairScorer | None") -> None:
+        """The same with a multi-vector or sparse model, whose documents' vectors stay on their rank. Called by all
+        ranks."""
+        from megatron_embed.mining.by_blocks import mine_by_blocks
 
         try:
-            mined = mine_maxsim(encoder, self.task, self.options)
+            mined = mine_by_blocks(encoder, self.task, self.options)
         except EmptyTextError as error:
             role: Role = "query" if error.name.startswith("query") else "document"
             raise EmptyTextError(error.row, self._source_of(role, error.row), error.text) from None
@@ -206,8 +207,8 @@ def mine(args: argparse.Namespace, job: MiningJob) -> None:
         encoder, model, topology = open_encoder(args, prompts=True, given_prompts=prompts, start=start,
                                                 multi_vector=args.cache is None)
         scorer = _open_reranker(args, job, start, topology)
-        if encoder.pooling == "tokens":
-            job.mine_with_tokens(encoder, scorer)
+        if encoder.pooling in ("tokens", "splade"):
+            job.mine_with_blocks(encoder, scorer)
             return
         source = _open_vector_source(args, encoder, model)
         corpus = job.task.documents.corpus

@@ -50,7 +50,10 @@ class DenseSettings:
 
 
 def pooled_width(shape: ModelShape, pooling: ModelPooling) -> int:
-    """Numbers of a pooled vector, or of a token's: one state of a token, or several in a row."""
+    """Numbers of a pooled vector, or of a token's: one state of a token, or several in a row; of a sparse one, the
+    vocabulary's."""
+    if pooling == "splade":
+        return shape.vocab_size
     return shape.hidden_size * len(pooling.split("+"))
 
 
@@ -65,6 +68,8 @@ def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: M
     Raises:
         ConfigError: `embedding.embedding_dim`, or the pooling, does not go with those of the directory.
     """
+    if pooling == "splade":
+        return ()
     width, wanted = pooled_width(shape, pooling), config.embedding_dim
     if not own:
         if wanted is None and pooling == "tokens":

@@ -43,6 +43,8 @@ from megatron_embed.models.rope import rotary_cos_sin, rotary_factors, rotary_fr
 from megatron_embed.models.segments import context_chunks
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.models.te_layers import PassSettings, configure, start_overlap, te_layer_classes
+from megatron_embed.models.vocabulary_head import VocabularyHead
+from megatron_embed.models.vocabulary_shape import padded_vocabulary
 from megatron_embed.names import ModelPooling
 from megatron_embed.parallel.device_copy import copy_to_device
 from megatron_embed.parallel.topology import Topology
@@ -132,9 +134,11 @@ class EmbeddingModel(LanguageModule):
                                            layers=layers or torch_layer_classes(shape)),
             post_layer_norm=not shape.post_norm, pre_process=self.pre_process, post_process=self.post_process,
             pg_collection=topology.groups, vp_stage=vp_stage)
-        self.head = None
+        self.head: RerankerHead | VocabularyHead | None = None
         if self.post_process and head_spec is not None:
             self.head = RerankerHead(head_spec, shape, topology.cp_size)
+        elif self.post_process and pooling == "splade":
+            self.head = VocabularyHead(shape, topology)
         self.dense = DenseModules(dense, topology) if self.post_process and dense else None
 
     def _embedding(self) -> LanguageModelEmbedding:
@@ -156,11 +160,15 @@ class EmbeddingModel(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, batch: DeviceMicroBatch) -> Tensor:
-        """On the last stage the bin's embeddings, [sequences, dim] float32, [vectors, dim] of a multi-vector model, or
-        with a head its scores, [sequences, 1]; on other stages the token states for the next one."""
+        """On the last stage the bin's embeddings, [sequences, dim] float32, [vectors, dim] of a multi-vector model,
+        [sequences, vocabulary/tp] of a sparse one, or a reranker's scores, [sequences, 1]; on other stages the token
+        states for the next one."""
         hidden = self.token_states(batch)
         if not self.post_process:
             return hidden
+        if isinstance(self.head, VocabularyHead):
+            tied = self.embedding.word_embeddings.weight if self.pre_process else None
+            return self.head(hidden.squeeze(1), batch.plan, tied)
         groups = [self.topology.groups.tp] if self.topology.sequence_parallel else []
         groups += [self.topology.groups.cp] if self.topology.cp_size > 1 else []
         rows = pool(hidden.squeeze(1), batch.plan, tuple(groups))
@@ -214,11 +222,6 @@ class EmbeddingModel(LanguageModule):
         """Megatron's sharded state under the layers' global indices; LanguageModule's own method needs logits."""
         metadata = {**(metadata or {}), "non_homogeneous_layers": True, "dp_cp_group": self.topology.groups.dp_cp}
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
-
-
-def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
-    """Rows of the word embedding: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
-    return -(-vocab_size // tp_size) * tp_size
 
 
 def attention_kernel(config: RunConfig, shape: ModelShape | None = None) -> AttentionKernel:
@@ -333,7 +336,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
                                layers=layers, passes=passes, dense=dense)
         if adapters is not None:
             add_adapters(chunk, adapters, shape, chunk.global_name)
-            if chunk.head is not None and chunk.head.spec.kind == "score":
+            if isinstance(chunk.head, RerankerHead) and chunk.head.spec.kind == "score":
                 # Like PEFT's modules_to_save: a classifier may be new. The rows of a yes_no head are not: frozen.
                 chunk.head.requires_grad_(True)
             if chunk.dense is not None:
@@ -366,7 +369,9 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: ModelPooling
     if topology.sequence_parallel:
         share = padding.numel() // topology.tp_size
         share_bounds = (topology.tp_rank * share, (topology.tp_rank + 1) * share)
-        plan, padding = local_plan(plan, (share_bounds,)), padding[slice(*share_bounds)]
+        padding = padding[slice(*share_bounds)]
+        # A sparse model's tensor-parallel ranks divide the vocabulary, and have all tokens.
+        plan = plan if pooling == "splade" else local_plan(plan, (share_bounds,))
     types = micro_batch.token_types
     return copy_to_device(DeviceMicroBatch(
         token_types=None if types is None else _select(types, chunks)[None],

@@ -54,7 +54,7 @@ SENTENCE_BERT_CONFIG = FileTable(
         "max_seq_length": honoured("longest text in tokens, special tokens included; None: the tokenizer's"),
         "do_lower_case": honoured("lowercases every text, unless the tokenizer does so itself", True, False, None),
         "transformer_task": honoured("which class of Transformers holds the model", "feature-extraction",
-                                     "sequence-classification", "text-generation"),
+                                     "sequence-classification", "text-generation", "fill-mask"),
         "modality_config": nested("the model's method for each kind of input", {
             "text": nested("for texts", _FORWARD),
             "message": nested("for chats: every text is put into the chat template as the user's message, and its "
@@ -93,7 +93,7 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
     keys={
         "__version__": harmless("versions that wrote the directory"),
         "model_type": honoured("which class of Sentence Transformers the directory is for", "SentenceTransformer",
-                               "CrossEncoder", "MultiVectorEncoder", "ColBERT", None),
+                               "CrossEncoder", "MultiVectorEncoder", "ColBERT", "SparseEncoder", None),
         "prompts": honoured("texts before a text: query for queries, document for documents"),
         "default_prompt_name": honoured("the prompt of texts without a role"),
         "similarity_fn_name": honoured("what compares vectors; dot_product is an older name of dot; maxsim, of "
@@ -190,6 +190,17 @@ TOKEN_DENSE = FileTable(
 TOKEN_NORMALIZE = FileTable(
     file="3_Normalize/config.json of a multi-vector model", about="The module that scales every token's vector to unit "
                                                                  "length.", keys=_TOKEN_STATES)
+
+SPLADE_POOLING = FileTable(
+    file="1_SpladePooling/config.json", about="How a sparse model's logits become one weight for each token of the "
+                                              "vocabulary.",
+    keys={
+        "pooling_strategy": honoured("the logit of a text: the largest of its tokens'", "max"),
+        "activation_function": honoured("applied to it, then log(1 + x)", "relu"),
+        "embedding_dimension": harmless("the vocabulary's size"),
+        "word_embedding_dimension": harmless("the older name of embedding_dimension"),
+        "chunk_size": harmless("tokens whose logits are computed at once"),
+    })
 
 TOKENIZER_CONFIG = FileTable(
     file="tokenizer_config.json", closed=False,
@@ -303,7 +314,8 @@ ADAPTER_CONFIG = FileTable(
 
 TABLES: tuple[FileTable, ...] = (
     SENTENCE_BERT_CONFIG, CONFIG_SENTENCE_TRANSFORMERS, MODULES, POOLING, DENSE, NORMALIZE, MULTI_VECTOR_MASK,
-    TOKEN_DENSE, TOKEN_NORMALIZE, TOKENIZER_CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE, ADAPTER_CONFIG)
+    SPLADE_POOLING, TOKEN_DENSE, TOKEN_NORMALIZE, TOKENIZER_CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE,
+    ADAPTER_CONFIG)
 """All tables, in the order of the page."""
 
 

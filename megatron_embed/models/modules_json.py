@@ -14,7 +14,8 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import plain_name
 from megatron_embed.models.known_keys import MODULES
 
-Kind = Literal["Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore", "MultiVectorMask"]
+Kind = Literal["Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore", "MultiVectorMask",
+               "SpladePooling"]
 
 STOCK_TYPES: dict[str, Kind] = {
     **{f"sentence_transformers.{name}": "Transformer" for name in (
@@ -41,6 +42,12 @@ STOCK_TYPES: dict[str, Kind] = {
     **{f"sentence_transformers.{name}": "MultiVectorMask" for name in (
         "multi_vector_encoder.modules.MultiVectorMask",
         "multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask")},
+    **{f"sentence_transformers.sparse_encoder.{name}": "Transformer" for name in (
+        "models.MLMTransformer", "models.MLMTransformer.MLMTransformer", "models.mlm_transformer.MLMTransformer",
+        "modules.MLMTransformer", "modules.mlm_transformer.MLMTransformer")},
+    **{f"sentence_transformers.sparse_encoder.{name}": "SpladePooling" for name in (
+        "models.SpladePooling", "models.SpladePooling.SpladePooling", "models.splade_pooling.SpladePooling",
+        "modules.SpladePooling", "modules.splade_pooling.SpladePooling")},
     "pylate.models.Dense.Dense": "Dense",
 }
 """Full names under which Sentence Transformers, from 2 to 6, writes the modules that we compute. A class of the same
@@ -48,15 +55,15 @@ last name from another package is another class."""
 
 
 def _is_supported_order(kinds: list[Kind | None]) -> bool:
-    """Transformer alone, or with LogitScore, or with Pooling and then any number of Dense and Normalize, or without
-    Pooling, these and one MultiVectorMask; Dense alone in PyLate's."""
+    """Transformer alone, or with LogitScore or SpladePooling, or with Pooling and then any number of Dense and
+    Normalize, or without Pooling, these and one MultiVectorMask; Dense alone in PyLate's."""
     if kinds[:2] == ["Transformer", "Pooling"]:
         return set(kinds[2:]) <= {"Dense", "Normalize"}
     if kinds[:1] == ["Transformer"] and kinds.count("MultiVectorMask") == 1:
         return set(kinds[1:]) <= {"Dense", "Normalize", "MultiVectorMask"}
     if kinds[:1] == ["Transformer"] and set(kinds[1:]) == {"Dense"}:
         return True
-    return kinds in (["Transformer"], ["Transformer", "LogitScore"])
+    return kinds in (["Transformer"], ["Transformer", "LogitScore"], ["Transformer", "SpladePooling"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel
 from megatron_embed.models.heads import HeadSpec, RerankerHead, fetch_tied_rows
+from megatron_embed.models.model_shape import ModelShape
+from megatron_embed.models.vocabulary_head import VocabularyHead, fetch_tied_weight
 from megatron_embed.parallel.topology import Topology, virtual_size
 from megatron_embed.platform.compat import DistributedDataParallel, get_forward_backward_func
 
@@ -37,7 +39,7 @@ def run_schedule(
     Returns:
         The loss functions' results, in micro-batch order; empty before the last stage.
         Communicates over the pipeline, tensor-, context- and expert-parallel groups and, with backward, data-parallel.
-        First, a reranker's head that is tied to the word embeddings gets their rows.
+        First, a head that is tied to the word embeddings gets their rows.
     """
 
     def forward_step(enumerated: Iterator[tuple[int, DeviceMicroBatch]],
@@ -48,6 +50,9 @@ def run_schedule(
     tied = tied_parts(chunks)
     if tied is not None:
         fetch_tied_rows(*tied, topology)
+    vocabulary = tied_vocabulary(chunks)
+    if vocabulary is not None:
+        fetch_tied_weight(*vocabulary, topology)
     iterators = [iter(list(enumerate(batches))) for _ in chunks]
     schedule = get_forward_backward_func(topology.pp_size, virtual_size(topology.sizes))
     return schedule(
@@ -84,7 +89,21 @@ def tied_parts(
     if spec is None or not spec.is_tied(first.shape):
         return None
     word_embeddings = first.embedding.word_embeddings if first.pre_process else None
-    return word_embeddings, last.head, spec, first.shape.hidden_size
+    head = last.head
+    assert not isinstance(head, VocabularyHead)
+    return word_embeddings, head, spec, first.shape.hidden_size
+
+
+def tied_vocabulary(
+        chunks: Sequence[torch.nn.Module]) -> tuple[Tensor | None, VocabularyHead | None, ModelShape] | None:
+    """This rank's first arguments of `fetch_tied_weight`; None without a sparse model's head that is tied to the word
+    embeddings of another pipeline stage."""
+    first, last = unwrapped(chunks[0]), unwrapped(chunks[-1])
+    if first.pooling != "splade" or not first.shape.tie_word_embeddings or first.topology.pp_size == 1:
+        return None
+    head = last.head
+    assert not isinstance(head, RerankerHead)
+    return first.embedding.word_embeddings.weight if first.pre_process else None, head, first.shape
 
 
 def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch], topology: Topology,

@@ -27,6 +27,10 @@ class PoolingPlan:
     """Every row is one token, with weight 1: the last or the first."""
     parts: int = 1
     """Sequences in a row that make up one text's vector, one behind the other."""
+    places: Tensor | None = None
+    """[pooled tokens] int64, of a sparse model: each one's position in the whole bin."""
+    pieces: tuple[tuple[int, int, int], ...] | None = None
+    """Of a sparse model: (sequence, first pooled token, one after the last) of neighbouring tokens of a sequence."""
 
 
 def pooling_plan(micro_batch: MicroBatch, pooling: ModelPooling) -> PoolingPlan:
@@ -43,6 +47,11 @@ def pooling_plan(micro_batch: MicroBatch, pooling: ModelPooling) -> PoolingPlan:
     count = lengths.numel()
     if pooling == "cls+mean":
         return _cls_and_mean(starts, lengths)
+    if pooling == "splade":
+        sequences = torch.repeat_interleave(torch.arange(count), lengths)
+        tokens = torch.arange(sequences.numel())
+        return PoolingPlan(tokens=tokens, sequences=sequences, weights=torch.ones(tokens.numel()), num_sequences=count,
+                           one_token=False, places=tokens)
     if pooling in ("lasttoken", "cls"):
         tokens = bounds[1:] - 1 if pooling == "lasttoken" else starts
         sequences, weights = torch.arange(count), torch.ones(count)
@@ -71,16 +80,33 @@ def _cls_and_mean(starts: Tensor, lengths: Tensor) -> PoolingPlan:
 def local_plan(plan: PoolingPlan, chunks: tuple[tuple[int, int], ...]) -> PoolingPlan:
     """The part of a plan, on the CPU, over the tokens [start, stop) of `chunks`, reindexed from 0 in the order of the
     chunks."""
-    tokens, sequences, weights = [], [], []
+    tokens, sequences, weights, places = [], [], [], []
     local = 0
     for start, stop in chunks:
         low, high = torch.searchsorted(plan.tokens, torch.tensor([start, stop])).tolist()
         tokens.append(plan.tokens[low:high] - start + local)
         sequences.append(plan.sequences[low:high])
         weights.append(plan.weights[low:high])
+        places.append(plan.tokens[low:high])
         local += stop - start
-    return PoolingPlan(tokens=torch.cat(tokens), sequences=torch.cat(sequences), weights=torch.cat(weights),
-                       num_sequences=plan.num_sequences, one_token=plan.one_token, parts=plan.parts)
+    local_sequences, is_sparse = torch.cat(sequences), plan.places is not None
+    return PoolingPlan(tokens=torch.cat(tokens), sequences=local_sequences, weights=torch.cat(weights),
+                       num_sequences=plan.num_sequences, one_token=plan.one_token, parts=plan.parts,
+                       places=torch.cat(places) if is_sparse else None,
+                       pieces=pieces_of(local_sequences) if is_sparse else None)
+
+
+def pieces_of(sequences: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Runs of equal values: (value, first, one after the last).
+
+    Args:
+        sequences: [tokens] int64 on the CPU.
+    """
+    if not len(sequences):
+        return ()
+    values, counts = torch.unique_consecutive(sequences, return_counts=True)
+    ends = counts.cumsum(0)
+    return tuple(zip(values.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True))
 
 
 def pool(hidden: Tensor, plan: PoolingPlan, groups: tuple[dist.ProcessGroup, ...]) -> Tensor:

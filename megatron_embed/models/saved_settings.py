@@ -24,6 +24,7 @@ from megatron_embed.models.known_keys import (
     POOLING,
     POOLING_FLAGS,
     SENTENCE_BERT_CONFIG,
+    SPLADE_POOLING,
     TOKEN_DENSE,
     TOKEN_NORMALIZE,
     TOKENIZER_CONFIG,
@@ -48,6 +49,8 @@ from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Simila
 
 logger = logging.getLogger(__name__)
 
+SPARSE_ENCODER = "SparseEncoder"
+"""Value of `model_type` in config_sentence_transformers.json of a sparse model."""
 _NO_LIMIT = 10**9
 """Transformers writes 1e30 where a tokenizer has no limit."""
 
@@ -100,6 +103,8 @@ class SavedSettings:
     """The dtype in config.json."""
     vectors: VectorFormat | None = None
     """The tokens of a multi-vector model that give vectors; None: a text gives one vector."""
+    sparse: bool = False
+    """A text gives a weight for every token of the vocabulary."""
 
     @property
     def default_prompt(self) -> str:
@@ -215,6 +220,10 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
             pooling, include_prompt = _pooling(folder / module.path / "config.json")
         if module.kind in ("Pooling", "MultiVectorMask"):
             transformer.check_embeds()
+        if module.kind == "SpladePooling":
+            pooling_file = folder / module.path / "config.json"
+            SPLADE_POOLING.check(pooling_file, read_optional_json_object(pooling_file))
+            transformer.check_gives_logits(by_default="MLMTransformer" in modules[0].type)
     dense, normalize = _after_pooling(folder, modules)
     file = folder / "config_sentence_transformers.json"
     settings = read_optional_json_object(file)
@@ -223,6 +232,11 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     role_lengths = transformer.role_lengths
     vectors = vector_format(folder, modules, settings, query_expansion(transformer.file, transformer.values))
     refuse_other_kinds_keys(file, settings, several=vectors is not None)
+    sparse = any(module.kind == "SpladePooling" for module in modules)
+    if settings.get("model_type") not in (None, SPARSE_ENCODER) if sparse else (
+            settings.get("model_type") == SPARSE_ENCODER):
+        raise CheckpointError(f"{file}: model_type = {settings.get('model_type')!r}, but modules.json names "
+                              f"{'a' if sparse else 'no'} SpladePooling; fetch both files again")
     if is_pylate(settings):
         named, normalize = pylate_prompts(file, settings, named), True
         role_lengths = role_lengths | pylate_lengths(file, settings)
@@ -236,7 +250,7 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
         pooling=pooling, dense=dense, normalize=normalize, prompts=prompts, named_prompts=named,
         default_prompt_name=default, similarity=similarity, role_lengths=role_lengths,
         lower_case=transformer.lower_case, chat=transformer.chat,
-        vectors=vectors, **common)
+        vectors=vectors, sparse=sparse, **common)
 
 
 def named_prompts(file: Path, settings: Mapping[str, Any], *,
@@ -317,6 +331,19 @@ class _Transformer:
             if value not in (None, expected):
                 raise CheckpointError(f"{self.file}: {key} = {value!r}: must be {expected!r} in an embedding model; "
                                       "correct it")
+
+    def check_gives_logits(self, *, by_default: bool) -> None:
+        """Raises CheckpointError unless the module gives logits of the vocabulary; `by_default`: without a key."""
+        task = self.values.get("transformer_task", "fill-mask" if by_default else "feature-extraction")
+        output = self.values.get("module_output_name")
+        if task not in ("fill-mask", "text-generation") or output not in (None, "token_embeddings") or (
+                task == "text-generation" and output is None):
+            raise CheckpointError(f"{self.file}: transformer_task = {task!r}, module_output_name = {output!r}: must be "
+                                  "'fill-mask' or 'text-generation', and 'token_embeddings', before SpladePooling; "
+                                  "correct them")
+        if self.chat is not None:
+            raise CheckpointError(f"{self.file}: modality_config with messages is not supported in a sparse model; "
+                                  "remove it")
 
     def _chat(self, variables: object) -> ChatFormat | None:
         kinds = self.values.get("modality_config") or {"text": {}}

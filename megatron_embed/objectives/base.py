@@ -95,6 +95,8 @@ class Objective(ABC, Generic[Batch]):
     names: tuple[str, ...]
     couples_batch: bool
     learned: LearnedScale | None = None
+    step = 0
+    """The optimizer step, from 0, on which schedules of the loss depend; set before each."""
 
     @abstractmethod
     def total(self, batch: Batch) -> float:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_embed.config.objective import CONTRASTIVE, LABELLED_PAIRS
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.objectives import contrastive, hard_negatives, labelled_pairs
+from megatron_embed.objectives import contrastive, hard_negatives, labelled_pairs, sparse
 from megatron_embed.objectives.base import Objective, configured_dims, matryoshka_names
 from megatron_embed.objectives.contrastive import Contrastive
 from megatron_embed.objectives.hard_negatives import HardNegatives
@@ -14,18 +14,20 @@ from megatron_embed.objectives.labelled_pairs import LabelledPairs
 from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.objectives.multi_vector import MultiVectorContrastive, MultiVectorDistillation
 from megatron_embed.objectives.replica_split import ReplicaSplit
+from megatron_embed.objectives.sparse import SparseContrastive, SparseDistillation
 from megatron_embed.parallel.topology import ModelParallelGroups
 
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:
     """The names of the metrics of an embedding model's objective, without building it."""
     dims = matryoshka_names(configured_dims(config))
+    regularizers = sparse.NAMES if config.embedding.head == "sparse" else ()
     if config.objective.loss in LABELLED_PAIRS:
         return labelled_pairs.metric_names(config.objective.loss) + dims
     if config.objective.loss not in CONTRASTIVE:
-        return hard_negatives.NAMES + dims
+        return hard_negatives.NAMES + dims + regularizers
     learned = LearnedScale(config).names if config.objective.learnable_temperature else ()
-    return contrastive.NAMES + dims + learned
+    return contrastive.NAMES + dims + learned + regularizers
 
 
 def build_objective(config: RunConfig, dp_group: dist.ProcessGroup,
@@ -34,11 +36,15 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup,
 
     Args:
         dp_group: data-parallel ranks, without context parallelism.
-        groups: to split a loss over the global batch among the tensor- and context-parallel ranks of a replica; None:
-            each of them computes all of it.
+        groups: to split a loss over the global batch among the tensor- and context-parallel ranks of a replica, or for
+            the shares of the vocabulary of a sparse model; None: each rank computes all of it, with whole vectors.
     """
     if config.objective.loss in LABELLED_PAIRS:
         return LabelledPairs(config, dp_group)
+    if config.embedding.head == "sparse":
+        assert groups is not None, "a sparse model's vectors are divided over the tensor-parallel ranks"
+        sparse_class = SparseContrastive if config.objective.loss in CONTRASTIVE else SparseDistillation
+        return sparse_class(config, dp_group, groups.tp)
     multi_vector = config.embedding.head == "multi_vector"
     if config.objective.loss not in CONTRASTIVE:
         return MultiVectorDistillation(config, dp_group) if multi_vector else HardNegatives(config, dp_group)

@@ -31,6 +31,14 @@ class MultiVectorContrastive(Contrastive):
     follow, and for the gradients of the vectors. Nothing holds all dot products, nor all documents' vectors.
     """
 
+    def texts(self, embeddings: Tensor, batch: EmbedBatch) -> tuple[TextVectors, TextVectors]:
+        """The queries' and the documents' vectors; views."""
+        return text_vectors(embeddings, batch)
+
+    def whole(self, values: Tensor) -> Tensor:
+        """Dot products, or sums of them, from those of the dimensions that this rank has: here, of all."""
+        return values
+
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
         """See Objective; `embeddings` are the vectors of the queries, then of the documents.
 
@@ -38,9 +46,9 @@ class MultiVectorContrastive(Contrastive):
         all-gathers of vectors and one reduce-scatter of their gradients over the data-parallel group; three small
         collectives (numbers of rows and text hashes; numbers of vectors; sums).
         """
-        queries, documents = text_vectors(embeddings, batch)
+        queries, documents = self.texts(embeddings, batch)
         gradient = torch.zeros_like(embeddings)
-        grad_query, grad_document = text_vectors(gradient, batch)
+        grad_query, grad_document = self.texts(gradient, batch)
         ids = gather_ids(batch, self.dp_group, texts=self.mask_duplicates, document_queries=self.needs_document_queries)
         on_host = self._columns(batch, ids)
         columns = copy_to_device(on_host, embeddings.device)
@@ -57,10 +65,11 @@ class MultiVectorContrastive(Contrastive):
             for turn in range(tiles.rounds):
                 for tile in tiles.show(turn):
                     scores[:, tile.columns] = maxsim(block, tile.documents)
+            scores = self.whole(scores)
             loss.add(scores, *bounds)
             _return_gradients(tiles, block, scores, grad_query.part(*bounds).vectors)
         # MaxSim is linear in the lengths of a query's vectors.
-        log_scale = (grad_query.vectors * queries.vectors).sum(dtype=torch.float64)
+        log_scale = self.whole((grad_query.vectors * queries.vectors).sum(dtype=torch.float64))
         scale = torch.stack([log_scale, torch.zeros_like(log_scale)])
         sums = self._sums([loss.sums], [scale], len(on_host.terms.query), batch, total)
         return LossGradient(sums=sums, embeddings=gradient)

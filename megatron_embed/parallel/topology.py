@@ -23,6 +23,8 @@ class ModelParallelGroups:
     """Tensor- and context-parallel ranks of one replica: each ends the model with the embeddings of all its rows."""
     tp_dp_cp: dist.ProcessGroup
     """The same ranks of all replicas."""
+    tp: dist.ProcessGroup
+    """Tensor-parallel ranks: those of a sparse model have different shares of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Topology:
 
     @property
     def model_parallel_groups(self) -> ModelParallelGroups:
-        return ModelParallelGroups(tp_cp=self.groups.tp_cp, tp_dp_cp=self.groups.tp_dp_cp)
+        return ModelParallelGroups(tp_cp=self.groups.tp_cp, tp_dp_cp=self.groups.tp_dp_cp, tp=self.groups.tp)
 
     @property
     def dp_rank(self) -> int:

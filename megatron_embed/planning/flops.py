@@ -9,9 +9,16 @@ from dataclasses import dataclass
 
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape, layers_by_stage
+from megatron_embed.models.vocabulary_shape import MASKED_LM
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
 from megatron_embed.planning.memory import DTYPE_BYTES, PIPELINE_FILL, Grid, first_pass_micro_batches
-from megatron_embed.planning.parameters import AdaptedLinears, active_matrix_parameters, held_parameters, vector_width
+from megatron_embed.planning.parameters import (
+    AdaptedLinears,
+    active_matrix_parameters,
+    gives_sparse_vectors,
+    held_parameters,
+    vector_width,
+)
 from megatron_embed.planning.quantized import layer_linears, restoring_traffic
 
 EFFICIENCY = 0.75
@@ -93,7 +100,7 @@ def forward_passes(config: RunConfig, grid: Grid) -> int:
 
 def has_first_pass(config: RunConfig, grid: Grid) -> bool:
     """Whether a step embeds all texts before the pass that has gradients."""
-    return grid.num_microbatches > 1 and config.objective.couples_batch
+    return grid.num_microbatches > 1 and config.workload.couples_batch
 
 
 BACKWARD_COST, BACKWARD_COST_FROZEN = 2, 1
@@ -115,6 +122,9 @@ def model_flops(config: RunConfig, shape: ModelShape, adapted: AdaptedLinears | 
     causal = not (shape.bidirectional or config.model.bidirectional)
     forward = sum(texts * forward_flops(shape, tokens, tokens**2, causal=causal)
                   for texts, tokens in config.workload.texts_per_query)
+    if gives_sparse_vectors(config):  # the vocabulary head, and the square layer before it in encoders
+        head = shape.vocab_size * shape.hidden_size + shape.hidden_size**2 * (shape.family in MASKED_LM)
+        forward += 2.0 * head * config.workload.tokens_per_query
     return config.training.global_batch_size * forward * (1.0 + backward_cost(adapted))
 
 

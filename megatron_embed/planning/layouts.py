@@ -142,7 +142,7 @@ def micro_batches(config: RunConfig, dp: int) -> list[dict[str, int]]:
 def least_budget(config: RunConfig) -> int:
     """Tokens that a micro-batch must hold if every text has its maximum length: the longest text, or a query with all
     of its documents where these stay together."""
-    return config.workload.least_tokens(None)[0] if config.objective.couples_batch else config.workload.tokens_per_query
+    return config.workload.least_tokens(None)[0] if config.workload.couples_batch else config.workload.tokens_per_query
 
 
 def describe(sizes: ParallelConfig) -> str:

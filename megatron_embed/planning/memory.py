@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
-from megatron_embed.names import LOSS_TILE_ELEMENTS, MAXSIM_TILE_ELEMENTS, ROLES
+from megatron_embed.models.vocabulary_shape import padded_vocabulary
+from megatron_embed.names import LOGIT_TILE_ELEMENTS, LOSS_TILE_ELEMENTS, MAXSIM_TILE_ELEMENTS, ROLES
 from megatron_embed.planning.parameters import (
     AdaptedLinears,
     Held,
     Parameters,
+    gives_sparse_vectors,
     gives_token_vectors,
     held_parameters,
     stage_layers,
@@ -240,7 +242,7 @@ def auto_first_pass(config: RunConfig, shape: ModelShape, grid: Grid) -> int:
 
 def first_pass_micro_batches(config: RunConfig, shape: ModelShape, grid: Grid) -> int:
     """Micro-batches that the first pass of a run on GPUs embeds as one."""
-    if not config.objective.couples_batch or config.has_dropout or config.model.scales_by_micro_batch:
+    if not config.workload.couples_batch or config.has_dropout or config.model.scales_by_micro_batch:
         return 1
     asked = config.training.first_pass_micro_batches
     return auto_first_pass(config, shape, grid) if asked == "auto" else asked
@@ -265,7 +267,8 @@ MAXSIM_TILES = 6
 
 def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
     """Loss bytes, on the last stage: this rank's embeddings, all documents and their gradient, one tile. Of a
-    multi-vector model, this rank's vectors and their gradient, and tiles of similarities, scores and documents.
+    multi-vector model, this rank's vectors and their gradient, and tiles of similarities, scores and documents; of a
+    sparse model see `sparse_loss_bytes`.
 
     A reranker's scores are negligible.
     """
@@ -273,11 +276,31 @@ def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> 
     if stage != config.parallel.pipeline_model_parallel_size - 1 or not documents:
         return 0
     width = 4 * vector_width(config, shape)
+    if gives_sparse_vectors(config):
+        return sparse_loss_bytes(config, shape, grid)
     if gives_token_vectors(config):
         vectors = sum(count * tokens for count, tokens in config.workload.texts_per_query) * queries // grid.dp
         return vectors * width * 2 + MAXSIM_TILES * 4 * MAXSIM_TILE_ELEMENTS
     own = (queries + documents) // grid.dp * width * 2
     return own + 3 * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)
+
+
+def sparse_loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid) -> int:
+    """Bytes of a sparse model's loss and of its head's tiles, on the last stage.
+
+    This rank's vectors of its share of the vocabulary with their gradient, tiles of documents and scores; a
+    micro-batch's winners and slopes, tiles of logits and of their gradient, and the gradient of the head's weight, in a
+    pipeline also a copy of it.
+    """
+    sizes, training = config.parallel, config.training
+    share = padded_vocabulary(shape.vocab_size, sizes.tensor_model_parallel_size) // sizes.tensor_model_parallel_size
+    texts = sum(count for count, _ in config.workload.texts_per_query)
+    own = training.global_batch_size * texts // grid.dp
+    micro = -(-own // grid.num_microbatches)
+    weight = 4 * share * shape.hidden_size * (
+        2 if shape.tie_word_embeddings and sizes.pipeline_model_parallel_size > 1 else 1)
+    return (own * share * 4 * 2 + MAXSIM_TILES * 4 * MAXSIM_TILE_ELEMENTS + micro * share * 4 * 4
+            + 2 * 4 * LOGIT_TILE_ELEMENTS + weight)
 
 
 def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,

@@ -8,6 +8,7 @@ from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.models.saved_settings import default_pooling
+from megatron_embed.models.vocabulary_shape import vocabulary_head_parameters
 from megatron_embed.names import HeadKind, ModelPooling
 from megatron_embed.planning.shapes import modules_at_hand
 
@@ -123,6 +124,8 @@ def held_parameters(config: RunConfig, shape: ModelShape, stage: int, adapted: A
     if stage == sizes.pipeline_model_parallel_size - 1:
         head = Parameters(dense=head_parameters(config, shape))
         projection = Parameters(dense=dense_parameters(config, shape))
+        if gives_sparse_vectors(config):
+            head = Parameters(dense=vocabulary_head_parameters(shape, sizes.tensor_model_parallel_size))
     if adapted is None:
         return Held(frozen=Parameters(), trained=whole + head + projection)
     adapters = adapter_parameters(shape, sizes, config.lora.rank, adapted) * stage_layers(shape, sizes, stage)
@@ -173,13 +176,22 @@ def gives_token_vectors(config: RunConfig) -> bool:
         head == "multi_vector" or (head is None and modules_at_hand(config.model.path)[1] == "tokens"))
 
 
+def gives_sparse_vectors(config: RunConfig) -> bool:
+    """Whether a run's model gives a weight for every token of the vocabulary."""
+    head = config.embedding.head
+    return not config.workload.has_head and (
+        head == "sparse" or (head is None and modules_at_hand(config.model.path)[1] == "splade"))
+
+
 def _dense(config: RunConfig, shape: ModelShape) -> tuple[tuple[DenseSettings, ...], ModelShape, ModelPooling]:
     """(Dense modules of an embedding run: a new one, or those of a model that is here; the shape; the pooling)."""
     own, own_pooling = modules_at_hand(config.model.path)
     pooling = config.embedding.pooling or own_pooling or default_pooling(shape)
     if config.embedding.head is not None:
-        pooling = "tokens" if config.embedding.head == "multi_vector" else config.embedding.pooling or (
-            default_pooling(shape) if own_pooling in (None, "tokens") else own_pooling)
+        pooling = config.embedding.pooling or (
+            default_pooling(shape) if own_pooling in (None, "tokens", "splade") else own_pooling)
+        special: dict[str, ModelPooling] = {"multi_vector": "tokens", "sparse": "splade"}
+        pooling = special.get(config.embedding.head, pooling)
     return dense_of_run(config.embedding, own, shape, pooling), shape, pooling
 
 

@@ -118,7 +118,7 @@ def modules_at_hand(path: str) -> tuple[tuple[DenseSettings, ...], ModelPooling 
     if files is None:
         return (), None
     saved = read_saved_settings(folder if (folder / "modules.json").is_file() else files, files)
-    return saved.dense, "tokens" if saved.vectors is not None else saved.pooling
+    return saved.dense, "tokens" if saved.vectors is not None else "splade" if saved.sparse else saved.pooling
 
 
 def find_shape(path: str) -> ModelShape | None:

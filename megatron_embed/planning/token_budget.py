@@ -38,7 +38,7 @@ def advised_budget(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, ad
     least = round_up(least_budget(config), step)
     most = MOST_TOKENS
     whole = config.training.global_batch_size // grid_of(config, gpus).dp * config.workload.tokens_per_query
-    if config.objective.couples_batch:
+    if config.workload.couples_batch:
         most = min(most, whole // LEAST_COUNT)
     budgets = list(range(least, max(least, most) + 1, step))
     if most < whole <= MOST_TOKENS:

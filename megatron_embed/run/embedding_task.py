@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.config.evaluation import EvaluationSet
-from megatron_embed.config.run_checks import check_maxsim_temperature
+from megatron_embed.config.run_checks import check_score_temperature
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.dataset import RecordSet, open_records
 from megatron_embed.data.empty_texts import refuse_empty_rows
@@ -22,9 +22,9 @@ from megatron_embed.data.token_cache import TokenCache
 from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import refuse_empty_texts
+from megatron_embed.evaluation.block_retrieval import means_by_blocks
+from megatron_embed.evaluation.document_search import scores_of_lists
 from megatron_embed.evaluation.encode import TextEncoder
-from megatron_embed.evaluation.maxsim_retrieval import evaluate_maxsim_retrieval
-from megatron_embed.evaluation.maxsim_search import maxsim_of_lists
 from megatron_embed.evaluation.reranking import similarity_of_pairs
 from megatron_embed.evaluation.retrieval import Embed
 from megatron_embed.evaluation.sts import refuse_empty_pairs
@@ -56,7 +56,7 @@ class EmbeddingTask(Task):
     """The token ids of the rows, if they were written before the run."""
 
     def check_sizes(self) -> None:
-        check_maxsim_temperature(self.config)
+        check_score_temperature(self.config)
         check_lengths(self.config, self.model)
         check_dims(self.config, self.model)
 
@@ -140,7 +140,7 @@ class EmbeddingTask(Task):
     @property
     def _keeps_groups(self) -> bool:
         """Whether a query shares its micro-batch with its documents."""
-        return not self.config.objective.couples_batch
+        return not self.config.workload.couples_batch
 
     def build_loader(self, inputs: Inputs, dp_rank: int, dp_size: int) -> BatchLoader:
         data = self.config.data
@@ -154,11 +154,11 @@ class EmbeddingTask(Task):
 
     def _evaluate(self, encoder: TextEncoder, suite: EvaluationSuite) -> dict[str, float]:
         similarity: Similarity = "cosine" if self.config.embedding.unit_length else "dot"
-        if encoder.pooling == "tokens":
-            retrieval = [(data.name, evaluate_maxsim_retrieval(encoder, data, group=dist.group.WORLD))
+        if encoder.pooling in ("tokens", "splade"):
+            retrieval = [(data.name, means_by_blocks(encoder, data, group=dist.group.WORLD))
                          for data in suite.retrieval]
             return {**average(retrieval), **evaluate_rerank_sets(suite.reranking, functools.partial(
-                maxsim_of_lists, encoder))}
+                scores_of_lists, encoder))}
 
         def embed_for(instruction: str | None) -> Embed:
             return functools.partial(encoder.encode, instruction=instruction)
@@ -170,7 +170,8 @@ class EmbeddingTask(Task):
     def _show_vectors(self, encoder: TextEncoder, inputs: Inputs) -> None:
         """Vectors of evaluated texts for TensorBoard's projector, where there is TensorBoard."""
         directory, samples = self.config.log_directory, inputs.suite.samples(NUM_PROJECTOR_TEXTS)
-        if directory is None or not self.config.logging.tensorboard or not samples or encoder.pooling == "tokens":
+        if directory is None or not self.config.logging.tensorboard or not samples or (
+                encoder.pooling in ("tokens", "splade")):
             return
         vectors = [encoder.encode(texts, role, instruction=data.instruction) for data, role, texts in samples]
         labels = [(data.name, role, text) for data, role, texts in samples for text in texts]

@@ -1,6 +1,7 @@
 """The `encode` command: vectors of a file of texts, in one file or in shards."""
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -14,12 +15,16 @@ from megatron_embed import __version__
 from megatron_embed.data.corpus import TextsOnDisk
 from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.sparse_vectors import sparse_vectors, write_matrix
 from megatron_embed.evaluation.token_file import write_token_file
 from megatron_embed.evaluation.token_pooling import pool_tokens
 from megatron_embed.evaluation.vector_files import ShardWriter, write_shards
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
 from megatron_embed.platform.atomic_file import write_atomic
+
+TEXTS_PER_MATRIX = 65536
+"""Texts of a matrix in a directory of sparse vectors."""
 
 
 def encode_to_file(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder) -> None:
@@ -47,6 +52,45 @@ def encode_token_vectors(args: argparse.Namespace, texts: TextsOnDisk, encoder: 
     except EmptyTextError as empty:
         raise EmptyTextError(empty.row, texts.source(empty.row), empty.text) from None
     raise_on_all_ranks(error)
+
+
+def encode_sparse_vectors(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder) -> None:
+    """Write the vectors of a sparse model from the first rank: a matrix, complete or not at all, or a directory of
+    them, each of TEXTS_PER_MATRIX texts, complete or not there. Called by all ranks."""
+    for name, rows in sparse_parts(args.output, len(texts)):
+        try:
+            matrix = sparse_vectors(encoder, texts[rows.start : rows.stop], args.role or "document",
+                                    show_progress=encoder.topology.rank == 0)
+        except EmptyTextError as empty:
+            row = rows.start + empty.row
+            raise EmptyTextError(empty.row, texts.source(row), empty.text) from None
+        error: UserError | None = None
+        if encoder.topology.rank == 0:
+            error = make_directory(args.output, name) or write_atomic(
+                "--output", name, functools.partial(write_matrix, matrix=matrix), binary=True)
+        raise_on_all_ranks(error)
+
+
+def sparse_parts(output: str, count: int) -> list[tuple[str, range]]:
+    """(file, its texts) of all texts."""
+    if output.endswith(".npz"):
+        return [(output, range(count))]
+    return [(os.path.join(output, f"{first // TEXTS_PER_MATRIX:06d}.npz"),
+             range(first, min(first + TEXTS_PER_MATRIX, count))) for first in range(0, count, TEXTS_PER_MATRIX)]
+
+
+def make_directory(output: str, name: str) -> UserError | None:
+    """Make the directory of a file in it; the error if a file of that name is there or it cannot be made."""
+    if output == name:
+        return None
+    try:
+        os.makedirs(output, exist_ok=True)
+    except OSError as error:
+        return ConfigError(f"--output {output}: cannot be made ({error.strerror}); name another one", key="--output")
+    if os.path.exists(name):
+        return ConfigError(f"--output {output}: holds {os.path.basename(name)} already; name a new directory",
+                           key="--output")
+    return None
 
 
 def encode_to_directory(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder,

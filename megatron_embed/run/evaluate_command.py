@@ -55,8 +55,8 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     data = load_beir(args.data, args.split or "test", drop_own_id=args.drop_own_id)
     import torch.distributed as dist
 
+    from megatron_embed.evaluation.block_retrieval import evaluate_by_blocks
     from megatron_embed.evaluation.given_vectors import open_given_vectors
-    from megatron_embed.evaluation.maxsim_retrieval import evaluate_maxsim_queries
     from megatron_embed.evaluation.retrieval import METRICS, Rankings, evaluate_queries, mean_metrics
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
@@ -75,9 +75,9 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     rankings.check(encoder.dim)
     if args.reranker is not None:
         rankings = dataclasses.replace(rankings, rerank=open_rerank_stage(args, data.query_texts, topology))
-    if encoder.pooling == "tokens":
-        per_query = evaluate_maxsim_queries(encoder, data, rerank=rankings.rerank, group=dist.group.WORLD,
-                                            show_progress=topology.rank == 0)
+    if encoder.pooling in ("tokens", "splade"):
+        per_query = evaluate_by_blocks(encoder, data, rerank=rankings.rerank, group=dist.group.WORLD,
+                                       show_progress=topology.rank == 0)
     else:
         encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
         per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, rankings=rankings,
@@ -148,7 +148,7 @@ def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
     refuse_options(args, "lists", "split", "drop_own_id", "two_stage", "dims", "reranker", "per_query", "vectors",
                    "index", "probes", "ef_search")
-    from megatron_embed.evaluation.maxsim_search import maxsim_of_lists
+    from megatron_embed.evaluation.document_search import scores_of_lists
     from megatron_embed.evaluation.reranking import METRICS, evaluate_reranking, load_rerank_file, similarity_of_pairs
 
     data = load_rerank_file(args.data)
@@ -167,8 +167,8 @@ def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
                                             multi_vector=True)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     score = functools.partial(similarity_of_pairs, encode, similarity=model.saved.similarity)
-    if encoder.pooling == "tokens":
-        return evaluate_reranking(functools.partial(maxsim_of_lists, encoder), data), topology.rank
+    if encoder.pooling in ("tokens", "splade"):
+        return evaluate_reranking(functools.partial(scores_of_lists, encoder), data), topology.rank
     return evaluate_reranking(score, data), topology.rank
 
 

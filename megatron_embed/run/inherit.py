@@ -30,14 +30,15 @@ def inherited(config: RunConfig, model: ModelDirectory, checkpoint: Path | None 
     data = {key: known[key] for key in _DATA_KEYS if _is_unset(config, key)}
     normalize = config.embedding.normalize
     if normalize is None:
-        normalize = bool(known["normalize"])
+        sparse = config.embedding.head == "sparse" or (config.embedding.head is None and model.saved.sparse)
+        normalize = bool(known["normalize"]) and not sparse
     embedding = dataclasses.replace(config.embedding, normalize=normalize)
     if config.workload.inherits_text_settings:
-        embedding = with_format(embedding, model.saved.vectors)
+        embedding = with_format(embedding, model.saved.vectors, sparse=model.saved.sparse)
     if checkpoint is None and config.workload.inherits_text_settings:
         _log(config, model, {**{f"data.{key}": value for key, value in data.items()}, **(
             {} if config.embedding.normalize is not None else {"embedding.normalize": normalize}), **(
-            {} if config.embedding.pooling is not None or embedding.head == "multi_vector"
+            {} if config.embedding.pooling is not None or embedding.head != "dense"
             else {"embedding.pooling": model.pooling(None)})})
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **data),
                                embedding=embedding)

@@ -65,7 +65,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     check_outputs(config)
     all_records = task.open()
     check_optimizer(config, has_adapters=adapters_of(config.lora, model) is not None,
-                    has_tied_head=task.head is not None and task.head.is_tied(model.shape),
+                    has_tied_head=task.has_tied_head,
                     has_bias=model.shape.has_position_bias)
     known = known_rows(state.checkpoint)
     order = ORDER_VERSION if known is None else known["order"]

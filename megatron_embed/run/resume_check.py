@@ -107,8 +107,7 @@ def _equal_overlaps(config: RunConfig, before: Mapping[str, Any], task: Task) ->
     if len(old) < len(names):
         return set()
     resolved = [overlaps(each, has_adapters=adapters_of(config.lora, task.model) is not None,
-                         has_head=task.head is not None,
-                         has_tied_head=task.head is not None and task.head.is_tied(task.model.shape))
+                         has_head=task.has_head, has_tied_head=task.has_tied_head)
                 for each in (OptimizerConfig(**old), config.optimizer)]
     return {f"optimizer.{name}" for name, one, other in zip(names, *resolved, strict=False) if one == other}
 

@@ -122,6 +122,20 @@ class Task(ABC):
     # The same of every task.
 
     @property
+    def has_head(self) -> bool:
+        """Whether the model has a head behind its last layer: a reranker's, or the vocabulary's of a sparse model."""
+        return self.head is not None or self.config.embedding.head == "sparse"
+
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether the word embeddings get a part of their gradient from a head, after the backward passes."""
+        shape = self.model.shape
+        if self.head is not None:
+            return self.head.is_tied(shape)
+        in_pipeline = self.config.parallel.pipeline_model_parallel_size > 1
+        return self.has_head and shape.tie_word_embeddings and in_pipeline
+
+    @property
     def packing(self) -> PackingSpec:
         """How the rows are packed: sizes, alignment and budget."""
         training, parallel = self.config.training, self.config.parallel

@@ -60,7 +60,7 @@ def build_first_pass(config: RunConfig, shape: ModelShape, topology: Topology) -
         merged = asked
     elif topology.device.type == "cuda":
         merged = first_pass_micro_batches(config, shape, grid_of(config, topology.world_size))
-        if config.objective.couples_batch and config.has_dropout:
+        if config.workload.couples_batch and config.has_dropout:
             logger.info("dropout is on, so the first pass has the micro-batches of the second, which drops the same "
                         "(training.first_pass_micro_batches)")
     if merged == 1:

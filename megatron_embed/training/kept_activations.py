@@ -74,7 +74,7 @@ def build_kept_activations(config: RunConfig, shape: ModelShape, topology: Topol
     asked = config.training.keep_activations
     if asked != "auto":
         return KeptActivations(micro_batches=asked) if asked else None
-    if not config.objective.couples_batch:
+    if not config.workload.couples_batch:
         return None
     reason = why_not(config, shape, topology)
     if reason is not None:

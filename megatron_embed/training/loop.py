@@ -137,6 +137,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
             trainer.complete_parameters()
             leave_early(hooks, step, saved)
         seed_step(config.training.seed, step, topology)
+        trainer.grad_cache.objective.step = step
         metrics = train_step(loaded.batch, trainer)
         done, last = step + 1, step + 1 == train_steps
         if last or parameters_are_read(config, hooks, done):

@@ -17,8 +17,9 @@ from megatron_embed.models.encoder import DTYPES, EmbeddingModel
 from megatron_embed.models.heads import return_tied_gradients
 from megatron_embed.models.lora import Lora
 from megatron_embed.models.matrices import layer_matrices
-from megatron_embed.models.passes import tied_parts
+from megatron_embed.models.passes import tied_parts, tied_vocabulary
 from megatron_embed.models.relative_bias import sum_over_copies
+from megatron_embed.models.vocabulary_head import return_tied_gradient
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.adamw_8bit import AdamW8bit, SlicePosition
@@ -104,7 +105,7 @@ def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: boo
                           "pip install 'megatron_embed[gpu]' on a GPU's machine, or set it to false",
                           key="optimizer.precision_aware")
     if asked.overlap_grad_reduce is True and has_tied_head:
-        raise ConfigError("optimizer.overlap_grad_reduce = True: the head's yes and no are rows of the word "
+        raise ConfigError("optimizer.overlap_grad_reduce = True: the head's weights are rows of the word "
                           "embeddings, whose gradient is whole only after the backward passes; set it to false",
                           key="optimizer.overlap_grad_reduce")
     if has_bias and asked.overlap_grad_reduce is True:
@@ -130,12 +131,13 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
 
     `bucket_size`: parameters of a bucket, if communication overlaps computation; None: see the settings.
     """
-    tied = tied_parts(chunks)
+    tied, vocabulary = tied_parts(chunks), tied_vocabulary(chunks)
     biases = [chunk.position_bias for chunk in chunks if chunk.position_bias is not None
               and chunk.position_bias.weight.requires_grad]
     overlap_reduce, overlap_gather = overlaps(
         config.optimizer, has_adapters=any(isinstance(module, Lora) for module in chunks[0].modules()),
-        has_head=chunks[0].head_spec is not None or bool(biases), has_tied_head=tied is not None or bool(biases))
+        has_head=chunks[0].head_spec is not None or chunks[0].pooling == "splade" or bool(biases),
+        has_tied_head=tied is not None or vocabulary is not None or bool(biases))
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, check_for_nan_in_grad=False,
         overlap_grad_reduce=overlap_reduce, overlap_param_gather=overlap_gather, bucket_size=bucket_size)
@@ -151,6 +153,9 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
         if tied is not None:
             assert not overlap_reduce, "some gradients may be reduced already"
             return_tied_gradients(*tied, topology)
+        if vocabulary is not None:
+            assert not overlap_reduce, "some gradients may be reduced already"
+            return_tied_gradient(*vocabulary, topology)
         if biases:
             assert not overlap_reduce, "some gradients may be reduced already"
             sum_over_copies(biases, topology.groups.pp)

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_embed.config.load import config_of_overrides
-from megatron_embed.config.run_checks import check_maxsim_temperature
+from megatron_embed.config.run_checks import check_score_temperature
 from megatron_embed.config.schema import EmbeddingConfig
 from megatron_embed.config.vector_format import PUNCTUATION, QueryExpansion, VectorFormat, format_of_run, with_format
 from megatron_embed.errors import ConfigError
@@ -18,7 +18,7 @@ REFUSED = {
     "directions": (["objective.directions=[query_to_document, query_to_query]"], "directions.*documents alone"),
     "sts": (["evaluation.sts=[a.jsonl]"], "evaluation.sts.*not two texts alike"),
     "formats": (["checkpoint.directory=a", "checkpoint.export_at_end=b", "checkpoint.export_formats=[onnx]"],
-                "export_formats.*vector for every token"),
+                "export_formats.*none of these formats holds such a model"),
     "attention": (["embedding.attend_to_expansion=true", "embedding.query_expansion=0"],
                   "attend_to_expansion.*no query is expanded"),
     "length": (["embedding.query_expansion=-1"], "query_expansion = -1.*>= 0"),
@@ -43,11 +43,11 @@ def test_refused_with_one_vector(key, value):
 
 def test_the_temperature_of_cosines_is_refused():
     with pytest.raises(ConfigError, match=r"temperature = 0.02.*>= 0.1.*usual: 1"):
-        check_maxsim_temperature(config_of_overrides(["model.path=m", "embedding.head=multi_vector"]))
-    check_maxsim_temperature(config_of_overrides(MULTI))
-    check_maxsim_temperature(config_of_overrides(["model.path=m", "embedding.head=multi_vector",
+        check_score_temperature(config_of_overrides(["model.path=m", "embedding.head=multi_vector"]))
+    check_score_temperature(config_of_overrides(MULTI))
+    check_score_temperature(config_of_overrides(["model.path=m", "embedding.head=multi_vector",
                                                   "objective.loss=margin_mse", "data.num_negatives=1"]))
-    check_maxsim_temperature(config_of_overrides(["model.path=m"]))
+    check_score_temperature(config_of_overrides(["model.path=m"]))
 
 
 def test_what_is_not_set_is_the_model_s_own():

@@ -127,7 +127,8 @@ def test_what_sentence_transformers_writes_is_known():
         path = name.rpartition(".")[0].replace(".", "/") + ".py"
         if path in installed and f"class {kind}(" in installed[path].read_text():
             known.add(kind)
-    assert known == {"Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore", "MultiVectorMask"}
+    assert known == {"Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore", "MultiVectorMask",
+                     "SpladePooling"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "1_Pooling"])

@@ -32,6 +32,8 @@ from tests.helpers.exactness_cases import (
     NUM_NEGATIVES,
     POOLINGS,
     ROWS,
+    SPARSE_TEMPERATURE,
+    SPARSE_WEIGHTS,
     Case,
     Kind,
     Rows,
@@ -42,6 +44,7 @@ from tests.helpers.internlm import as_internlm2, stock_of
 from tests.helpers.multi_vector_reference import TokenReference, add_token_modules, load_projection
 from tests.helpers.pretend_ranks import run_on_pretend_ranks
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.sparse_reference import SparseReference, regularizer, save_sparse_model
 from tests.helpers.toys import MINI_EN, copy_tokenizer
 
 VOCABULARY = 30522
@@ -141,7 +144,12 @@ class EmbeddingReference:
 
     def reference(self, case: Case) -> Reference:
         """Loss and norm of the reference; its gradients lie in FOLDER/gradients-NAME."""
-        self.make_model(case.kind)
+        if case.sparse and not (self.folder / case.model).exists():
+            config, _, settings = _MODELS[case.kind]
+            save_sparse_model(self.folder / case.model, config, settings, tied=case.sparse == "tied",
+                              taught=True, seed=12 if case.sparse == "tied" else 11)
+        if not case.sparse:
+            self.make_model(case.kind)
         if case.rows == "long" and not (self.folder / case.model).exists():
             _save_long_model(self.folder, case.kind)
         if case.dense and not (self.folder / case.model).exists():
@@ -285,6 +293,8 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     rows = ROWS[case.rows]
     records, tokenizer = _records(folder / f"{case.rows}.jsonl", case.rows), tokenizer_of(folder / case.model, rows)
     auto = transformers.AutoModelForTextEncoding if case.kind == "t5" else transformers.AutoModel
+    if case.sparse:
+        auto = transformers.AutoModelForMaskedLM if case.kind == "bert" else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(stock_of(folder / case.model), dtype=torch.float64).eval()
     model.config._experts_implementation = "eager"  # the default's grouped product has no float64
     if case.adapters:
@@ -292,7 +302,15 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     routers = _RouterLogits()
     routers.watch(model)
     micro_batches = micro_batches_of(case, records, tokenizer)
-    if case.multi:
+    regularizers = torch.zeros((), dtype=torch.float64)
+    if case.sparse:
+        steps, reference = [], SparseReference(model, lambda: routers.texts.append([]))
+        queries, documents, positive = _texts_of(records, tokenizer, reference.vector)
+        logits = queries @ documents.T / SPARSE_TEMPERATURE
+        regularizers = sum(weight * regularizer(case.sparse, vectors) for weight, vectors in zip(
+            SPARSE_WEIGHTS[case.sparse], (queries, documents), strict=True))
+        reference.check()
+    elif case.multi:
         steps = load_projection(folder / case.model)
         similarity, positive = _maxsim_rows(case, folder, model, routers, steps[0][1], records)
         logits = similarity / MULTI_VECTOR_TEMPERATURE
@@ -308,13 +326,13 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     losses = [torch.nn.functional.cross_entropy(logits[queries][:, documents], torch.searchsorted(documents, positive[
         queries]), reduction="sum") for queries, documents in pools]
     loss = torch.stack(losses).sum() / len(records)
-    total = loss
+    total = loss = loss + regularizers
     if case.aux:
         total = loss + case.aux * _auxiliary_loss(routers, [part for rank in micro_batches for part in rank],
                                                   model.config)
     total.backward()
     highest = sum(len(queries) * math.log(len(documents)) for queries, documents in pools) / len(records)
-    assert 0.3 < float(loss.detach()) < highest, f"{case.reference}: loss {float(loss.detach())}"
+    assert 0.3 < float((loss - regularizers).detach()) < highest, f"{case.reference}: loss {float(loss.detach())}"
     gradients = folder / f"gradients-{case.reference}"
     norm = (save_adapter_gradients(model, folder / f"{case.model}-lora", gradients) if case.adapters else
             save_gradients(model, gradients, unused=("pooler",)))
@@ -420,6 +438,17 @@ def _embed_rows(model: torch.nn.Module, routers: "_RouterLogits | None", records
             states = model(torch.tensor([tokens])).last_hidden_state[0]
             row = {"lasttoken": states[-1], "cls": states[0], "mean": states.mean(dim=0)}[pooling]
             (document if index else query).append(torch.nn.functional.normalize(through(steps, row), dim=0))
+    return torch.stack(query), torch.stack(document), torch.tensor(positive)
+
+
+def _texts_of(records: Sequence[Record], tokenizer: RoleTokenizer,
+              vector: Callable[[Sequence[int]], torch.Tensor]) -> Embeddings:
+    """Text by text: a query, then its documents."""
+    query, document, positive = [], [], []
+    for record in records:
+        positive.append(len(document))
+        query.append(vector(tokenizer.tokenize([record.query], "query").token_ids[0]))
+        document += [vector(ids) for ids in tokenizer.tokenize(documents_of(record), "document").token_ids]
     return torch.stack(query), torch.stack(document), torch.tensor(positive)
 
 

@@ -79,6 +79,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     config = run_config(case, folder)
     model = find_model(config.model.path)
     config = dataclasses.replace(config, embedding=with_format(config.embedding, model.saved.vectors))
+    model = model.of_run(config.embedding) if case.sparse else model
     check_divisible(model.shape, config.parallel)
     assert check_batch_sizes(config, topology.dp_size) == (case.micro_batches or None)
     check_token_budget(config)

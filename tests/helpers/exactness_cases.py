@@ -125,10 +125,14 @@ class Case:
     """A multi-vector model, by the name of its format in multi_vector_reference.FORMATS; empty: one vector per text."""
     loss: Literal["info_nce", "margin_mse", "kl_distillation"] = "info_nce"
     """Of a multi-vector model."""
+    sparse: str = ""
+    """A sparse model, by its name in sparse_reference.SPARSE; empty: it is none."""
 
     @property
     def model(self) -> str:
         """Name of the model's directory."""
+        if self.sparse:
+            return f"{self.kind}-sparse{'-tied' if self.sparse == 'tied' else ''}"
         kind = f"{self.kind}-{self.dense or self.multi}" if self.dense or self.multi else self.kind
         return f"{kind}-long" if self.rows == "long" else kind
 
@@ -138,6 +142,7 @@ class Case:
         name = f"{self.kind}-{self.rows}{'-lora' if self.adapters else ''}{self.dense and '-'}{self.dense}"
         if self.multi:
             name += f"-{self.multi}-{self.loss}"
+        name += f"-sparse-{self.sparse}" if self.sparse else ""
         if self.aux or self.negatives == "micro_batch":
             rounds = f"-by{self.layout.pp}" if self.layout.vpp > 1 else ""
             name += f"-{self.aux:g}-{self.negatives}-{self.layout.dp}x{self.micro_batches}-{self.tokens}{rounds}"
@@ -152,6 +157,7 @@ class Case:
         words += ["adapters"] if self.adapters else []
         words += [self.dense] if self.dense else []
         words += [f"vectors {self.multi}"] if self.multi else []
+        words += [f"sparse {self.sparse}"] if self.sparse else []
         words += [self.loss] if self.loss != "info_nce" else []
         words += ["overlapped"] if self.overlap else []
         words += ["flash"] if self.kernel == "flash" else []
@@ -326,6 +332,34 @@ def multi_vector_cases() -> list[Case]:
     return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
 
 
+SPARSE_LAYOUTS = MULTI_VECTOR_LAYOUTS
+
+
+def sparse_cases() -> list[Case]:
+    """Sparse models: encoders with a tied head, decoders with a tied and an untied one; the vocabulary is divided over
+    the tensor-parallel ranks, and padded there."""
+    cases = []
+    for index, layout in enumerate(SPARSE_LAYOUTS):
+        smallest = layout.pp if layout.vpp > 1 else 1
+        for turn, (kind, sparse) in enumerate((("bert", ("flops", "l1")[index % 2]), ("qwen3", "tied"))):
+            counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= 16]
+            cases.append(Case(kind=kind, layout=layout, micro_batches=counts[(index + turn) % len(counts)],
+                              sparse=sparse, distributed=(index + turn) % 2 == 0,
+                              rows="masked" if (index // 2 + turn) % 2 else "short"))
+    cases += [Case(kind="qwen3", layout=layout, micro_batches=2, sparse="flops", distributed=index % 2 == 0)
+              for index, layout in enumerate((Layout(), Layout(dp=2), Layout(tp=2), Layout(tp=4), Layout(pp=2),
+                                              Layout(cp=2), Layout(tp=2, dp=2), Layout(tp=2, cp=2)))]
+    cases += [Case(kind="qwen3_moe", layout=layout, micro_batches=2, sparse="flops",
+                   aux=AUX_COEFFICIENT if index % 2 else 0.0) for index, layout in enumerate(MULTI_VECTOR_EXPERTS)]
+    cases += [Case(kind=kind, layout=layout, tokens=tokens, rows="masked", sparse="flops", first_pass=first_pass)
+              for layout, kind, tokens, first_pass in (
+                  (Layout(dp=2), "bert", 144, 1), (Layout(tp=2, dp=2), "qwen3", 176, 2),
+                  (Layout(cp=2, dp=2), "bert", 144, 1), (Layout(pp=2, dp=2), "qwen3", 144, 1))]
+    cases += [Case(kind="bert", layout=layout, micro_batches=2, sparse="l1", keep=1) for layout in (
+        Layout(dp=2), Layout(tp=2, dp=2))]
+    return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
+
+
 FLASH_LAYOUTS = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2),
                  Layout(tp=2, pp=2, cp=2), Layout(cp=4, tp=2))
 
@@ -349,6 +383,10 @@ CURVE_STEPS = 20
 CURVE_BOUND = 1e-4
 
 
+SPARSE_TEMPERATURE = 10.0
+"""Divides sums over hundreds of tokens of the vocabulary."""
+SPARSE_WEIGHTS = {"flops": (0.004, 0.003), "tied": (0.004, 0.003), "l1": (0.005, 0.004)}
+"""Of the regularizers of queries and documents: terms of about the size of the loss."""
 MULTI_VECTOR_TEMPERATURE = 0.5
 """Divides sums over a dozen vectors."""
 
@@ -358,10 +396,22 @@ def objective_of(case: Case) -> ObjectiveConfig:
     rows = ROWS[case.rows]
     if case.loss == "margin_mse":
         return ObjectiveConfig(loss=case.loss)
+    if case.sparse:
+        kind, (query, document) = "l1" if case.sparse == "l1" else "flops", SPARSE_WEIGHTS[case.sparse]
+        return ObjectiveConfig(temperature=SPARSE_TEMPERATURE, mask_duplicates=rows.masked, query_regularizer=kind,
+                               document_regularizer=kind, query_regularizer_weight=query,
+                               document_regularizer_weight=document)
     temperature = MULTI_VECTOR_TEMPERATURE if case.multi else rows.temperature
     if case.loss == "kl_distillation":
         return ObjectiveConfig(loss=case.loss, temperature=temperature, teacher_temperature=1.0)
     return ObjectiveConfig(temperature=temperature, negatives=case.negatives, mask_duplicates=rows.masked)
+
+
+def embedding_of(case: Case) -> EmbeddingConfig:
+    """The head of a case, and its pooling if it has one."""
+    if case.sparse:
+        return EmbeddingConfig(head="sparse")
+    return EmbeddingConfig() if case.multi else EmbeddingConfig(pooling=POOLINGS[case.kind])
 
 
 def run_config(case: Case, folder: Path) -> RunConfig:
@@ -369,7 +419,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
     rows, layout = ROWS[case.rows], case.layout
     return RunConfig(
         model=ModelConfig(path=str(folder / (f"{case.model}-lora" if case.adapters else case.model)), dtype="float32"),
-        embedding=EmbeddingConfig() if case.multi else EmbeddingConfig(pooling=POOLINGS[case.kind]),
+        embedding=embedding_of(case),
         objective=objective_of(case),
         data=DataConfig(train=(TrainFile(path=str(folder / f"{case.rows}.jsonl")),), shuffle=False,
                         num_negatives=NUM_NEGATIVES, query_max_length=rows.max_length,

@@ -57,7 +57,7 @@ def squared_error(parameter: Any, expected: torch.Tensor) -> tuple[float, float]
 def squared_errors(chunks: Sequence[Any], topology: Any, reference: Path) -> SquaredErrors:
     """Errors of this rank's parameters but those of a reranker's head. Rows that pad the vocabulary must be 0."""
     from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
-    from megatron_embed.models.encoder import padded_vocabulary
+    from megatron_embed.models.vocabulary_shape import padded_vocabulary
 
     errors: SquaredErrors = {}
     etp = topology.groups.expt_tp
@@ -76,6 +76,27 @@ def squared_errors(chunks: Sequence[Any], topology: Any, reference: Path) -> Squ
                 errors[name, index] = squared_error(parameters[name], shard)
             assert {name for name, _ in errors} >= parameters.keys()
             errors |= _squared_errors_of_dense(chunk, topology, reference)
+            errors |= _squared_errors_of_vocabulary(chunk, topology, source)
+    return errors
+
+
+def _squared_errors_of_vocabulary(chunk: Any, topology: Any, source: Any) -> SquaredErrors:
+    """Errors of a sparse model's head; its gradients have the names of a masked or causal language model."""
+    from megatron_embed.convert.vocabulary_tensors import vocabulary_names
+    from megatron_embed.models.vocabulary_head import VocabularyHead
+
+    errors: SquaredErrors = {}
+    if not isinstance(chunk.head, VocabularyHead):
+        return errors
+    names, rows = vocabulary_names(chunk.shape.family), chunk.head.rows
+    for name, parameter in chunk.head.named_parameters():
+        expected = source.read(names[name])
+        divided = name in ("weight", "bias")
+        if divided:
+            padded = expected.new_zeros(rows * topology.tp_size, *expected.shape[1:])
+            padded[: len(expected)] = expected
+            expected = padded[topology.tp_rank * rows :][:rows]
+        errors[f"head.{name}", topology.tp_rank if divided else 0] = squared_error(parameter, expected)
     return errors
 
 

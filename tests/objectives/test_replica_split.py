@@ -24,7 +24,8 @@ def variants_on_replicas(replicas):
     replica_size = world // replicas
     groups = [dist.new_group(list(range(start, start + replica_size))) for start in range(0, world, replica_size)]
     across = [dist.new_group(list(range(offset, world, replica_size))) for offset in range(replica_size)]
-    split = ModelParallelGroups(tp_cp=groups[rank // replica_size], tp_dp_cp=dist.group.WORLD)
+    split = ModelParallelGroups(tp_cp=groups[rank // replica_size], tp_dp_cp=dist.group.WORLD,
+                                tp=groups[rank // replica_size])
     results = []
     for variant in VARIANTS:
         rows, batch = variant_batch(rank // replica_size, variant)

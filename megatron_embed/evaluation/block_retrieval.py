@@ -1,4 +1,4 @@
-"""Retrieval metrics of a multi-vector model on a BEIR set, by exact search with MaxSim."""
+"""Retrieval metrics of a multi-vector or sparse model on a BEIR set, by exact search in blocks of documents."""
 
 from array import array
 
@@ -7,17 +7,17 @@ import torch.distributed as dist
 from megatron_embed.data.corpus import Picked
 from megatron_embed.errors import EmptyTextError
 from megatron_embed.evaluation.beir import BeirData
+from megatron_embed.evaluation.document_search import for_each_document, search_of, vectors_of_queries
 from megatron_embed.evaluation.encode import TextEncoder
-from megatron_embed.evaluation.maxsim_search import MaxSimSearch, for_each_document, queries_on_device
 from megatron_embed.evaluation.rerank_stage import RerankStage, rerank_scores
 from megatron_embed.evaluation.retrieval import mean_metrics, metrics_of_all_ranks, own_documents, without_excluded
 from megatron_embed.parallel.collectives import rank_and_size
 
 
-def evaluate_maxsim_queries(encoder: TextEncoder, data: BeirData, *, k: int = 1000, rerank: RerankStage | None = None,
-                            group: dist.ProcessGroup | None = None,
-                            show_progress: bool = False) -> dict[str, dict[str, float]]:
-    """Metrics of each query, as `evaluate_queries` names them, by MaxSim with every document of the corpus.
+def evaluate_by_blocks(encoder: TextEncoder, data: BeirData, *, k: int = 1000, rerank: RerankStage | None = None,
+                       group: dist.ProcessGroup | None = None,
+                       show_progress: bool = False) -> dict[str, dict[str, float]]:
+    """Metrics of each query, as `evaluate_queries` names them, by MaxSim or dot product with every document.
 
     Each data-parallel rank embeds and searches its share of the documents in blocks, so the corpus may be larger than
     memory; all ranks hold the queries' vectors. Called by all ranks.
@@ -32,10 +32,10 @@ def evaluate_maxsim_queries(encoder: TextEncoder, data: BeirData, *, k: int = 10
     order = array("q", sorted(range(len(data.document_ids)), key=data.document_ids.__getitem__))
     excluded = own_documents(data, order) if data.drop_own_id else None
     try:
-        queries = queries_on_device(encoder, data.query_texts, instruction=data.instruction)
+        queries = vectors_of_queries(encoder, data.query_texts, instruction=data.instruction)
     except EmptyTextError as error:
         raise EmptyTextError(error.row, data.source_of("query", data.query_ids[error.row]), error.text) from None
-    search = MaxSimSearch(queries, k, excluded=excluded)
+    search = search_of(queries, k, excluded=excluded)
     try:
         for_each_document(encoder, Picked(data.document_texts, order), [search.add], instruction=data.instruction,
                           show_progress=show_progress)
@@ -54,7 +54,7 @@ def evaluate_maxsim_queries(encoder: TextEncoder, data: BeirData, *, k: int = 10
     return metrics_of_all_ranks(results, data, Picked(data.document_ids, order), group)
 
 
-def evaluate_maxsim_retrieval(encoder: TextEncoder, data: BeirData, *,
-                              group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """Means over all queries of `evaluate_maxsim_queries`."""
-    return mean_metrics(evaluate_maxsim_queries(encoder, data, group=group))
+def means_by_blocks(encoder: TextEncoder, data: BeirData, *,
+                    group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """Means over all queries of `evaluate_by_blocks`."""
+    return mean_metrics(evaluate_by_blocks(encoder, data, group=group))
