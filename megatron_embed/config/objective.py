@@ -81,6 +81,9 @@ class ObjectiveConfig:
     """Divides the teacher's scores in kl_distillation, > 0; null: same as temperature."""
     matryoshka_weights: tuple[float, ...] = ()
     """Weights of the loss at each of embedding.matryoshka_dims, in their order; empty: 1 each."""
+    precision_weights: tuple[float, ...] = ()
+    """Weights of the loss at each of embedding.precision, in their order, times that of the dimension; empty: 1
+    each."""
 
     @property
     def rows(self) -> Literal["contrastive", "pairs"]:
@@ -119,8 +122,9 @@ class ObjectiveConfig:
         self._check_learned()
         self._check_contrast()
         require(self.margin is None or self.margin >= 0, "objective.margin", self.margin, "must be >= 0 or null")
-        require(all(weight > 0 for weight in self.matryoshka_weights), "objective.matryoshka_weights",
-                list(self.matryoshka_weights), "must be > 0 each")
+        for key in ("matryoshka_weights", "precision_weights"):
+            require(all(weight > 0 for weight in values[key]), f"objective.{key}", list(values[key]),
+                    "must be > 0 each")
 
     def _check_learned(self) -> None:
         rate = self.temperature_learning_rate

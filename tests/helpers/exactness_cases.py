@@ -15,7 +15,7 @@ from megatron_embed.config.schema import (
     TrainFile,
     TrainingConfig,
 )
-from megatron_embed.names import Pooling
+from megatron_embed.names import Pooling, Precision
 
 BOUND = 1e-5
 LOSS_BOUND = 2e-6
@@ -88,6 +88,20 @@ class Layout:
         return name if self.sequence_parallel or self.tp == 1 else f"{name} without SP"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Widths and precisions of a loss, with their weights."""
+
+    dims: tuple[int, ...]
+    precisions: tuple[Precision, ...]
+    weights: tuple[float, ...]
+    """Of the precisions."""
+
+
+STORED = {"int8": Stored(dims=(), precisions=("float32", "int8"), weights=(1.0, 0.5)),
+          "binary": Stored(dims=(), precisions=("float32", "binary"), weights=(1.0, 0.5)),
+          "all-widths": Stored(dims=(32, 12), precisions=("float32", "int8", "binary"), weights=(1.0, 0.5, 0.7))}
+
 Sabotage = Literal["factor", "group", "order", "mask"]
 
 
@@ -125,6 +139,8 @@ class Case:
     """A multi-vector model, by the name of its format in multi_vector_reference.FORMATS; empty: one vector per text."""
     loss: Literal["info_nce", "margin_mse", "kl_distillation"] = "info_nce"
     """Of a multi-vector model."""
+    stored: str = ""
+    """Precisions of the loss, by their name in STORED; empty: float32 alone."""
 
     @property
     def model(self) -> str:
@@ -136,6 +152,7 @@ class Case:
     def reference(self) -> str:
         """Name of the reference; only the auxiliary loss and negatives of a micro-batch depend on the micro-batches."""
         name = f"{self.kind}-{self.rows}{'-lora' if self.adapters else ''}{self.dense and '-'}{self.dense}"
+        name += f"-{self.stored}" if self.stored else ""
         if self.multi:
             name += f"-{self.multi}-{self.loss}"
         if self.aux or self.negatives == "micro_batch":
@@ -153,6 +170,7 @@ class Case:
         words += [self.dense] if self.dense else []
         words += [f"vectors {self.multi}"] if self.multi else []
         words += [self.loss] if self.loss != "info_nce" else []
+        words += [f"stored as {self.stored}"] if self.stored else []
         words += ["overlapped"] if self.overlap else []
         words += ["flash"] if self.kernel == "flash" else []
         words += [f"aux {self.aux:g}"] if self.aux else []
@@ -326,6 +344,24 @@ def multi_vector_cases() -> list[Case]:
     return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
 
 
+STORED_LAYOUTS = (Layout(), Layout(dp=2), Layout(dp=4), Layout(tp=2), Layout(pp=2), Layout(pp=2, vpp=2), Layout(cp=2),
+                  Layout(tp=2, dp=2), Layout(cp=2, dp=2), Layout(tp=2, pp=2))
+
+
+def stored_cases() -> list[Case]:
+    """Losses of rounded vectors: one pass and two, masks, token budgets, negatives of a micro-batch."""
+    names = tuple(STORED)
+    cases = [Case(kind=("bert", "qwen3")[(index + turn) % 2], layout=layout, stored=name,
+                  micro_batches=(1, 2, 4)[(index + turn) % 3] if layout.vpp == 1 else 4,
+                  distributed=(index + turn) % 2 == 0, rows="masked" if (index // 2 + turn) % 2 else "short")
+             for index, layout in enumerate(STORED_LAYOUTS)
+             for turn, name in enumerate((names[index % 3], names[(index + 1) % 3]))]
+    cases += [Case(kind="bert", layout=Layout(dp=2), tokens=144, rows="masked", stored="all-widths", first_pass=2),
+              Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, negatives="micro_batch", stored="all-widths"),
+              Case(kind="qwen3", layout=Layout(tp=2, dp=2), micro_batches=2, stored="binary", keep=1)]
+    return sorted(cases, key=lambda case: STORED_LAYOUTS.index(case.layout))
+
+
 FLASH_LAYOUTS = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2),
                  Layout(tp=2, pp=2, cp=2), Layout(cp=4, tp=2))
 
@@ -361,7 +397,18 @@ def objective_of(case: Case) -> ObjectiveConfig:
     temperature = MULTI_VECTOR_TEMPERATURE if case.multi else rows.temperature
     if case.loss == "kl_distillation":
         return ObjectiveConfig(loss=case.loss, temperature=temperature, teacher_temperature=1.0)
-    return ObjectiveConfig(temperature=temperature, negatives=case.negatives, mask_duplicates=rows.masked)
+    return ObjectiveConfig(temperature=temperature, negatives=case.negatives, mask_duplicates=rows.masked,
+                           precision_weights=STORED[case.stored].weights if case.stored else ())
+
+
+def embedding_of(case: Case) -> EmbeddingConfig:
+    """The vectors of a case."""
+    if case.multi:
+        return EmbeddingConfig()
+    if not case.stored:
+        return EmbeddingConfig(pooling=POOLINGS[case.kind])
+    stored = STORED[case.stored]
+    return EmbeddingConfig(pooling=POOLINGS[case.kind], matryoshka_dims=stored.dims, precision=stored.precisions)
 
 
 def run_config(case: Case, folder: Path) -> RunConfig:
@@ -369,7 +416,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
     rows, layout = ROWS[case.rows], case.layout
     return RunConfig(
         model=ModelConfig(path=str(folder / (f"{case.model}-lora" if case.adapters else case.model)), dtype="float32"),
-        embedding=EmbeddingConfig() if case.multi else EmbeddingConfig(pooling=POOLINGS[case.kind]),
+        embedding=embedding_of(case),
         objective=objective_of(case),
         data=DataConfig(train=(TrainFile(path=str(folder / f"{case.rows}.jsonl")),), shuffle=False,
                         num_negatives=NUM_NEGATIVES, query_max_length=rows.max_length,
