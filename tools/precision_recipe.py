@@ -10,7 +10,6 @@ missed: of float32's nDCG@10, binary vectors (32 times smaller) keep 96 % by Ham
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+import torch
 from numpy.typing import NDArray
 from small_models import packaged_model
+
+import megatron_embed
+from megatron_embed.evaluation.beir import load_beir
+from megatron_embed.evaluation.retrieval import Rankings, evaluate_queries
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "before training": None, "float32": {},
@@ -52,20 +55,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def command(*arguments: str) -> None:
-    """Runs a command of the program; ends this one if it fails."""
-    finished = subprocess.run([sys.executable, "-m", "megatron_embed", *arguments], check=False,
-                              stdout=subprocess.DEVNULL)
-    if finished.returncode:
-        sys.exit(f"megatron_embed {arguments[0]} failed with exit code {finished.returncode}")
-
-
 def train(arm: str, seed: int, model: str, arguments: argparse.Namespace, folder: Path) -> str:
     """The directory of the trained model, or of the initial one."""
     settings = ARMS[arm]
     if settings is None:
         return model
-    values: dict[str, Any] = {
+    megatron_embed.train({
         "model": {"path": model, "dtype": "float32"}, "embedding": settings.get("embedding", {}),
         "objective": {"loss": "info_nce", "temperature": arguments.temperature, "mask_duplicates": True,
                       **settings.get("objective", {})},
@@ -74,22 +69,19 @@ def train(arm: str, seed: int, model: str, arguments: argparse.Namespace, folder
         "training": {"global_batch_size": arguments.batch_size, "micro_batch_size": arguments.batch_size,
                      "train_steps": arguments.steps, "learning_rate": arguments.learning_rate, "warmup_ratio": 0.1,
                      "lr_decay_style": "linear", "seed": seed},
-        "checkpoint": {"directory": str(folder / "run"), "save_every_steps": arguments.steps},
-        "logging": {"every_steps": 10, "tensorboard": False}}
-    (folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    command("train", str(folder / "run.yaml"))
-    return str(folder / "run")
+        "checkpoint": {"directory": str(folder), "save_every_steps": arguments.steps},
+        "logging": {"every_steps": 10, "tensorboard": False}})
+    return str(folder)
 
 
-def evaluate(model: str, beir: str, arguments: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+def evaluate(model: str, beir: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
     """nDCG@10 of every query, by the prefix of the ranking."""
-    output = folder / "queries.jsonl"
-    command("evaluate", "--model", model, "--data", beir, "--max-length", str(arguments.max_length), "--precision",
-            ",".join(PRECISIONS), "--candidates", str(arguments.candidates), "--per-query", str(output),
-            *(["--dims", ",".join(map(str, arguments.dims))] if arguments.dims else []))
-    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    return {name.removesuffix(METRIC): [round(row[name], 6) for row in rows]
-            for name in rows[0] if name == METRIC or name.endswith(f"/{METRIC}")}
+    encode = megatron_embed.load(model, max_length=arguments.max_length).encode
+    rows = evaluate_queries(lambda texts, role: torch.from_numpy(encode(list(texts), role)), load_beir(beir),
+                            rankings=Rankings(dims=tuple(arguments.dims), candidates=arguments.candidates,
+                                              precisions=PRECISIONS))
+    names = [name for name in next(iter(rows.values())) if name == METRIC or name.endswith(f"/{METRIC}")]
+    return {name.removesuffix(METRIC): [round(row[name], 6) for row in rows.values()] for name in names}
 
 
 def run_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -106,10 +98,10 @@ def run_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 continue
             started = time.monotonic()
             with tempfile.TemporaryDirectory() as temporary:
-                trained = train(arm, seed, model, arguments, Path(temporary))
+                trained = train(arm, seed, model, arguments, Path(temporary) / "run")
                 for beir in missing:
                     results.append({"arm": arm, "seed": own_seed, "set": name_of(beir),
-                                    "ndcg@10": evaluate(trained, beir, arguments, Path(temporary))})
+                                    "ndcg@10": evaluate(trained, beir, arguments)})
                     with file.open("a", encoding="utf-8") as lines:
                         lines.write(json.dumps(results[-1]) + "\n")
             print(f"{arm}, seed {own_seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)

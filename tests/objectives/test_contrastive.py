@@ -71,7 +71,8 @@ def test_every_variant_is_the_same_over_ranks(world_size):
         assert gradient.norm() > 0.01
         assert (ours - gradient).norm() <= 1e-5 * gradient.norm(), VARIANTS[index]
         for share, _, _ in shares:
-            assert share == pytest.approx(metrics, rel=1e-5), VARIANTS[index]
+            # Signs tie, and a matrix product may round a tie in the last bit.
+            assert share == pytest.approx(metrics, rel=1e-5, abs=1e-7), VARIANTS[index]
         parts_of_loss = {name: metrics[name] * weight for name, weight in losses_of(VARIANTS[index]).items()}
         if parts_of_loss:
             assert metrics["loss"] == pytest.approx(sum(parts_of_loss.values()), rel=1e-6)
