@@ -22,6 +22,20 @@ every token of the vocabulary (SPLADE)."""
 Regularizer = Literal["flops", "l1"]
 """What keeps sparse vectors sparse: the square of each weight's mean over texts, or the sum of a text's weights."""
 
+Precision = Literal["float32", "int8", "binary"]
+"""How a vector store keeps a component: whole, as one of 256 values within a range, or as its sign alone (one bit)."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+SearchPrecision = Literal["float32", "int8", "binary", "rescore"]
+"""How `evaluate` searches: as a store of this precision does; rescore: the best by signs, ordered by the dot product of
+the query itself with the documents' signs."""
+SEARCH_PRECISIONS: tuple[SearchPrecision, ...] = get_args(SearchPrecision)
+
+VectorDtype = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
+"""Numbers in files of vectors. int8, uint8: a byte for each component, within ranges; binary, ubinary: a bit for each,
+eight in a byte."""
+VECTOR_DTYPES: tuple[VectorDtype, ...] = get_args(VectorDtype)
+
 Role = Literal["query", "document"]
 """Role of a text in retrieval."""
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -78,6 +92,8 @@ Direction = Literal["query_to_document", "query_to_query", "document_to_document
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
                     "spiece.model", "tekken.json", "tiktoken.model")
 """Files of a model directory that hold its tokenizer's vocabulary, any one of them."""
+RANGES_FILE = "int8_ranges.json"
+"""File of a model directory with the ranges within which int8 vectors are rounded, by the width of the vectors."""
 MERGES_FILE = "merges.txt"
 """Belongs to vocab.json."""
 

@@ -36,6 +36,7 @@ from tests.helpers.exactness_cases import (  # noqa: E402
     all_cases,
     flash_cases,
     sparse_cases,
+    stored_cases,
 )
 from tests.helpers.pretend_ranks import shutdown_pretend_ranks  # noqa: E402
 from tests.helpers.ranks import shutdown_ranks  # noqa: E402
@@ -66,15 +67,18 @@ gathered first.
 gradient of the parameter and G* all of its gradients together. Bound: {bound:g}. The loss must agree to {loss_bound:g}
 (relative), and the gradient norm that the optimizer computes for clipping to {bound:g}.
 
-**Columns.** M: micro-batches per step and data-parallel rank; with a token budget (`micro_batch_tokens`) the ranks
-have the numbers given and are brought to the largest of them by splitting micro-batches or, where none can be split, by
+**Columns.** M: micro-batches per step and data-parallel rank; with a token budget (`micro_batch_tokens`) the ranks have
+the numbers given and are brought to the largest of them by splitting micro-batches or, where none can be split, by
 running one again. masked: queries, positives and documents repeat on several ranks, and `mask_duplicates` is on; the
 reference compares texts. micro-batch negatives: `negatives: micro_batch`; the reference compares each query with the
 documents of its micro-batch over the data-parallel ranks. N kept: the first N micro-batches keep their activations for
-the second pass (`keep_activations`). DO: distributed optimizer. aux: coefficient of the load-balancing loss; above 0
-the reference adds the same loss of the same micro-batches, averaged over them. Steps: how often the step was repeated;
-the error is the largest, and all were within the bound. SP is on with TP unless noted. EP and ETP split the experts
-over the ranks of the other sizes; they add no ranks.
+the second pass (`keep_activations`). stored as int8, binary, all-widths: the loss is taken of rounded vectors too
+(`embedding.precision`; all-widths: float32, int8 and binary at two `matryoshka_dims`); the reference rounds with
+Sentence Transformers' functions, and no component may lie closer than 5e-7 to the end of its step. DO: distributed
+optimizer. aux: coefficient of the load-balancing loss; above 0 the reference adds the same loss of the same
+micro-batches, averaged over them. Steps: how often the step was repeated; the error is the largest, and all were within
+the bound. SP is on with TP unless noted. EP and ETP split the experts over the ranks of the other sizes; they add no
+ranks.
 
 """
 
@@ -130,6 +134,7 @@ def notes(case: Case) -> str:
     words += [f"{case.keep} kept"] if case.keep else []
     words += ["micro-batch negatives"] if case.negatives == "micro_batch" else []
     words += [f"{case.tokens} tokens"] if case.tokens else []
+    words += [f"stored as {case.stored}"] if case.stored else []
     return ", ".join(words)
 
 
@@ -171,7 +176,7 @@ def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
     cases, by_flash, sparse = ([case for case in chosen if arguments.only in str(case)]
-                               for chosen in (all_cases(), flash_cases(), sparse_cases()))
+                               for chosen in ([*all_cases(), *stored_cases()], flash_cases(), sparse_cases()))
     reason = reason_against() if by_flash else None
     if reason is not None:
         sys.exit(f"no pretend device for the {len(by_flash)} cases by flash kernels: {reason}")

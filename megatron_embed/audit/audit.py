@@ -174,7 +174,7 @@ class _Work:
             start["world_size"] == self.replay.topology.world_size)
         dtype = "bfloat16" if "bfloat16" in (start["dtype"], config.model.dtype) else "float32"
         return Tolerance(dtype=dtype, replayed=step - self.done - 1, rows=config.training.global_batch_size,
-                         dropout=config.has_dropout and not same)
+                         dropout=config.has_dropout and not same, rounded=config.embedding.precision != ("float32",))
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the last replayed step, in the order of the global batch."""

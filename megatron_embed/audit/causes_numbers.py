@@ -51,8 +51,9 @@ def matches(case: Case, metrics: Mapping[str, float], *parts: str) -> bool:
 
 def tolerance_of(case: Case) -> Tolerance:
     """The tolerance of a match: twice that of the comparison."""
-    dtypes = case.start["dtype"], case.replay.inputs.config.model.dtype
-    return Tolerance(dtype="bfloat16" if "bfloat16" in dtypes else "float32", replayed=2 * (case.step - case.done))
+    config = case.replay.inputs.config
+    return Tolerance(dtype="bfloat16" if "bfloat16" in (case.start["dtype"], config.model.dtype) else "float32",
+                     replayed=2 * (case.step - case.done), rounded=config.embedding.precision != ("float32",))
 
 
 def _copies(case: Case, batch: StepBatch) -> Iterator[Cause]:

@@ -19,6 +19,8 @@ _DERIVED = ("margin_to_mean_negative", "margin_to_hardest_negative")
 _COUNTED = ("in_batch_accuracy", "accuracy")
 _RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2}
 """Relative tolerance of a step's numbers; see docs/audit.md for the differences that layouts make."""
+_ROUNDED = 1e-3
+"""The same where embedding.precision rounds vectors."""
 _PER_STEP = 0.1
 """Growth of the tolerance by each replayed step, as a share of it: rounding changes the parameters a little more."""
 _NORM = {"float32": 1e-8, "bfloat16": 1e-5}
@@ -35,10 +37,13 @@ class Tolerance:
     """Number of the step's rows."""
     dropout: bool = False
     """The run has dropout, whose random numbers depend on the layout, and the layout is another."""
+    rounded: bool = False
+    """Vectors are rounded in the loss: a last bit may bring a component to another step, or another sign."""
 
     @property
     def relative(self) -> float:
-        return 0.5 if self.dropout else _RELATIVE[self.dtype] * (1 + _PER_STEP * self.replayed)
+        least = _ROUNDED if self.rounded else 0.0
+        return 0.5 if self.dropout else max(least, _RELATIVE[self.dtype]) * (1 + _PER_STEP * self.replayed)
 
     @property
     def norm(self) -> float:

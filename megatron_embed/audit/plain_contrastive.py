@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.audit.global_batch import GlobalBatch
-from megatron_embed.audit.plain_own_documents import over_dimensions, pair
+from megatron_embed.audit.plain_own_documents import Weight, over_dimensions, pair
 from megatron_embed.audit.variation import Variation
 from megatron_embed.config.objective import ObjectiveConfig
 
@@ -38,11 +38,11 @@ class PlainContrastive:
             largest dimension, once `values` was called.
 
     Args:
-        weights: (dimension or None, weight) of each loss; see objective.matryoshka_weights.
+        weights: dimension, precision and weight of each loss.
         temperature, bias: of this step.
     """
 
-    def __init__(self, config: ObjectiveConfig, weights: Sequence[tuple[int | None, float]], *, normalize: bool,
+    def __init__(self, config: ObjectiveConfig, weights: Sequence[Weight], *, normalize: bool,
                  temperature: float, bias: float | None, variation: Variation) -> None:
         self.config, self.weights, self.normalize, self.variation = config, weights, normalize, variation
         self.log_scale = torch.tensor(-math.log(variation.temperature or temperature), dtype=torch.float64)

@@ -101,8 +101,9 @@ class PlainObjective(Objective[AnyBatch]):
         config, objective = self._config, self._config.objective
         if config.task == "reranker":
             lists = PlainReranking(objective.loss, config.reranker, variation)
-            return functools.partial(over_dimensions, lists.sums, weights=[(None, 1.0)], normalize=False), None
-        weights = [(each.dim, each.weight) for each in configured_dims(config)]
+            return functools.partial(over_dimensions, lists.sums, weights=[(None, "float32", 1.0)],
+                                     normalize=False), None
+        weights = [(each.dim, each.precision, each.weight) for each in configured_dims(config)]
         weights = weights[:1] if variation.first_dimension_only else weights
         unit_length = config.embedding.unit_length
         if objective.loss in CONTRASTIVE:

@@ -11,9 +11,12 @@ from megatron_embed.audit.global_batch import GlobalBatch
 from megatron_embed.audit.variation import Variation
 from megatron_embed.config.objective import ObjectiveConfig
 from megatron_embed.config.schema import RerankerConfig
+from megatron_embed.names import Precision
 
 TRIPLET_MARGIN, PAIR_MARGIN = 5.0, 0.5
 LAMBDA_WEIGHT = 10.0
+Weight = tuple[int | None, Precision, float]
+"""Dimension or None, precision, and weight of one of the losses."""
 Sums = dict[str, list[Tensor]]
 
 
@@ -159,18 +162,44 @@ def groups(batch: GlobalBatch) -> Iterator[tuple[int, Tensor]]:
 
 
 def over_dimensions(loss_at: Callable[[Tensor, Tensor, GlobalBatch], Sums], query: Tensor, document: Tensor,
-                    batch: GlobalBatch, weights: Sequence[tuple[int | None, float]], *,
-                    normalize: bool) -> dict[str, Tensor]:
-    """Metric -> [2] sum and divisor: the weighted loss over the dimensions, the other metrics of the first."""
+                    batch: GlobalBatch, weights: Sequence[Weight], *, normalize: bool) -> dict[str, Tensor]:
+    """Metric -> [2] sum and divisor: the weighted loss over the dimensions and precisions, the other metrics of the
+    first."""
     result: dict[str, Tensor] = {}
     total = query.new_zeros(())
-    for index, (dim, weight) in enumerate(weights):
+    for index, (dim, precision, weight) in enumerate(weights):
         sides = [cut(side, dim, normalize=normalize) for side in (query, document)]
-        sums = {name: torch.stack(values) for name, values in loss_at(*sides, batch).items()}
+        sums = {name: torch.stack(values) for name, values in loss_at(*rounded(*sides, precision), batch).items()}
         total = total + sums["loss"][0] * weight
         result |= {name: value.detach() for name, value in sums.items()} if index == 0 else {}
-        result |= {f"loss@{dim}": sums["loss"].detach()} if dim is not None else {}
+        label = "@".join(str(part) for part in (dim, precision) if part not in (None, "float32" if dim else None))
+        if len(weights) > 1 or label != "float32":
+            result[f"loss@{label}"] = sums["loss"].detach()
     return {**result, "loss": torch.stack([total, result["loss"][1]])}
+
+
+def rounded(query: Tensor, document: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+    """(queries, documents) as a store keeps them, with the gradient of the vectors before. Decided in float32, as
+    training does."""
+    if precision == "float32":
+        return query, document
+    if precision == "binary":
+        return _with_values(query, _signs(query)), _with_values(document, _signs(document))
+    numbers = document.detach().float()
+    low, high = numbers.min(dim=0).values, numbers.max(dim=0).values
+    step = (high - low) / 254
+    start = low - step / 2
+    step[step == 0] = 1.0
+    return query, _with_values(document, ((numbers - start) / step).floor() * step + start)
+
+
+def _signs(vectors: Tensor) -> Tensor:
+    return ((vectors > 0).double() - (vectors <= 0).double()) / math.sqrt(vectors.shape[1])
+
+
+def _with_values(vectors: Tensor, values: Tensor) -> Tensor:
+    """Other values with the vectors' graph."""
+    return vectors + (values.double() - vectors).detach()
 
 
 def cut(vectors: Tensor, dim: int | None, *, normalize: bool) -> Tensor:

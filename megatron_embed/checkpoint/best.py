@@ -25,7 +25,7 @@ EVALUATIONS_FILE = "evaluations.json"
 
 def smaller_is_better(metric: str) -> bool:
     """True for losses, and for the similarity to documents that do not belong to the query."""
-    return re.fullmatch(r"(.*/)?(loss(@\d+)?|negative_similarity)", metric) is not None
+    return re.fullmatch(r"(.*/)?(loss(@[a-z0-9@]+)?|negative_similarity)", metric) is not None
 
 
 class BestCheckpoint:

@@ -6,12 +6,15 @@ import os
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError
+from megatron_embed.names import VECTOR_DTYPES
 from megatron_embed.parallel.lost_rank import monitored_ranks
 
 HELP = "Encode texts as vectors"
 EXAMPLES = ("megatron-embed encode --model runs/a/best --input texts.jsonl --output vectors.npy --role document",
             "megatron-embed encode --model runs/a/best --input corpus.jsonl --output vectors --role document "
-            "--output-dtype float16")
+            "--output-dtype float16",
+            "megatron-embed encode --model runs/a/best --input corpus.jsonl --output bits.npy --role document "
+            "--output-dtype ubinary")
 PAGE = "docs/evaluation.md"
 
 
@@ -25,8 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "multi-vector model one row per vector, text after text, and FILE.offsets.npy with the "
                              "first row of each text. Of a sparse model FILE.npz, a matrix in compressed rows for "
                              "scipy.sparse.load_npz, or a directory of them")
-    parser.add_argument("--output-dtype", choices=("float32", "float16"), default="float32",
-                        help="Type of the numbers in the files (default: float32)")
+    parser.add_argument("--output-dtype", choices=VECTOR_DTYPES, default="float32",
+                        help="Type of the numbers in the files (default: float32). int8, uint8: a byte for each "
+                             "component, within ranges that are written beside them; binary, ubinary: a bit for each, "
+                             "eight in a byte; as Sentence Transformers' quantize_embeddings")
+    parser.add_argument("--ranges", metavar="FILE.json|DIR", type=path,
+                        help="With int8 or uint8: ranges that an export or `encode` has written (default: the model "
+                             "directory's; without those, the smallest and largest values of these vectors)")
     parser.add_argument("--role", choices=("query", "document"),
                         help="Put the prompt of this role before every text (default: no prompt)")
     parser.add_argument("--token-pooling", type=positive_int, metavar="N",
@@ -41,6 +49,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.data.corpus import TextsOnDisk
 
     texts = TextsOnDisk(args.input, "--input")
+    if args.ranges is not None and args.output_dtype not in ("int8", "uint8"):
+        raise ConfigError(f"--ranges {args.ranges}: has no effect on --output-dtype {args.output_dtype}; leave it out",
+                          key="--ranges")
     folder = os.path.dirname(os.path.abspath(args.output))
     is_file_name = os.path.splitext(args.output)[1] != ""
     if (not (os.path.isdir(folder) and os.access(folder, os.W_OK)) or (os.path.isfile(args.output) != is_file_name
@@ -66,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         elif encoder.pooling == "tokens":
             encode_token_vectors(args, texts, encoder)
         elif args.output.endswith(".npy"):
-            encode_to_file(args, texts, encoder)
+            encode_to_file(args, texts, encoder, model)
         else:
             encode_to_directory(args, texts, encoder, model)
     return 0

@@ -14,11 +14,13 @@ from megatron_embed.cli.common import (
 )
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError
+from megatron_embed.names import SEARCH_PRECISIONS, SearchPrecision
 from megatron_embed.platform.terminal_text import write_error
 from megatron_embed.run.required_metrics import Requirement, missed_requirements, parse_requirement
 
 HELP = "Evaluate retrieval, pairs with scores, or ranked lists; the last line of stdout is a JSON object of metrics"
 EXAMPLES = ("megatron-embed evaluate --model runs/a/best --data beir/scifact",
+            "megatron-embed evaluate --model runs/a/best --data beir/scifact --precision int8,binary,rescore",
             "megatron-embed evaluate --model runs/a/best --data pairs.jsonl")
 PAGE = "docs/evaluation.md"
 
@@ -35,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "ArguAna and Quora")
     parser.add_argument("--dims", type=dims, default=(), metavar="N,N",
                         help="Also evaluate vectors truncated to these dimensions, as dim_N/...")
+    parser.add_argument("--precision", type=precisions, default=(), metavar="P,P",
+                        help="Also evaluate vectors as a store keeps them, at every width: int8; binary, by Hamming "
+                             "distances of signs; rescore, whose best candidates by these are ranked by the query as "
+                             "it is. As int8/..., binary/... and rescore/...; float32 is always evaluated")
     parser.add_argument("--two-stage", type=positive_int, metavar="N",
                         help="Also evaluate a search with vectors truncated to N dimensions whose best candidates are "
                              "ranked by the full vectors, as two_stage_N/...")
@@ -68,6 +74,15 @@ def dims(text: str) -> tuple[int, ...]:
     return tuple(positive_int(part.strip()) for part in text.split(","))
 
 
+def precisions(text: str) -> tuple[SearchPrecision, ...]:
+    """Precisions such as int8,binary."""
+    known: dict[str, SearchPrecision] = {name: name for name in SEARCH_PRECISIONS}
+    wanted = [part.strip() for part in text.split(",")]
+    if not all(part in known for part in wanted):
+        raise argparse.ArgumentTypeError(f"{text!r} must be some of {', '.join(known)}, with commas between them")
+    return tuple(dict.fromkeys(known[part] for part in wanted))
+
+
 def weights(text: str) -> tuple[float, ...]:
     """Weights such as 0.25,0.5."""
     try:
@@ -82,9 +97,10 @@ def weights(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics from rank 0. The exit code is 2 on every rank if one is below a bound of --require."""
-    if args.candidates is not None and args.two_stage is None and args.reranker is None:
-        raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage "
-                          "or --reranker", key="--candidates")
+    stages = args.two_stage is not None or args.reranker is not None or "rescore" in args.precision
+    if args.candidates is not None and not stages:
+        raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage, "
+                          "--precision rescore or --reranker", key="--candidates")
     check_vector_options(args)
     if args.reranker_weight and args.reranker is None:
         raise ConfigError(f"--reranker-weight {','.join(map(str, args.reranker_weight))}: has no effect without "

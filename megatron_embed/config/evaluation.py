@@ -102,9 +102,9 @@ class EvaluationConfig:
     cosine similarity (or dot product) and score."""
     best_metric: str | None = None
     """Metric, of those that an evaluation logs as `eval/NAME`, that selects the best checkpoint, which is kept beside
-    the newest ones; `best` points to it. For `loss`, `loss@DIM` and `negative_similarity` smaller is better, for all
-    others larger. null: ndcg@10; without retrieval sets spearman or rerank/ndcg@10; with held-out rows alone loss, if
-    `patience` or checkpoint.export: best needs it."""
+    the newest ones; `best` points to it. For `loss`, `loss@DIM`, `loss@PRECISION` and `negative_similarity` smaller is
+    better, for all others larger. null: ndcg@10; without retrieval sets spearman or rerank/ndcg@10; with held-out rows
+    alone loss, if `patience` or checkpoint.export: best needs it."""
     patience: int | None = None
     """Number of consecutive evaluations without a better `best_metric` after which the run ends as if train_steps were
     reached; >= 1; null: no early stopping."""

@@ -100,6 +100,9 @@ class ObjectiveConfig:
     """How they rise: with the square of the share of these steps, or with the share."""
     matryoshka_weights: tuple[float, ...] = ()
     """Weights of the loss at each of embedding.matryoshka_dims, in their order; empty: 1 each."""
+    precision_weights: tuple[float, ...] = ()
+    """Weights of the loss at each of embedding.precision, in their order, times that of the dimension; empty: 1
+    each."""
 
     @property
     def rows(self) -> Literal["contrastive", "pairs"]:
@@ -150,8 +153,9 @@ class ObjectiveConfig:
             value = values[key]
             require(value is None or value >= 0, f"objective.{key}", value, "must be >= 0")
         require(self.margin is None or self.margin >= 0, "objective.margin", self.margin, "must be >= 0 or null")
-        require(all(weight > 0 for weight in self.matryoshka_weights), "objective.matryoshka_weights",
-                list(self.matryoshka_weights), "must be > 0 each")
+        for key in ("matryoshka_weights", "precision_weights"):
+            require(all(weight > 0 for weight in values[key]), f"objective.{key}", list(values[key]),
+                    "must be > 0 each")
 
     def _check_learned(self) -> None:
         rate = self.temperature_learning_rate

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_embed.config.objective import MULTI_VECTOR_LOSSES, REGULARIZERS, ObjectiveConfig
+from megatron_embed.config.objective import CONTRASTIVE, MULTI_VECTOR_LOSSES, REGULARIZERS, ObjectiveConfig
 from megatron_embed.config.require import require
+from megatron_embed.names import PRECISIONS
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
@@ -195,6 +196,26 @@ def _check_sparse(config: "RunConfig") -> None:
             f"has to be trained ({sparse}); set it to 0")
     require(config.model.quantization == "none", "model.quantization", config.model.quantization, "quantized weights "
             f"are trained by adapters alone ({sparse}); set it to none")
+
+
+def check_dims_and_precisions(config: "RunConfig") -> None:
+    """Refuse weights that do not match, and precisions that the run's vectors, or its loss, cannot have."""
+    key, precision = "embedding.precision", config.embedding.precision
+    require(bool(precision) and len(set(precision)) == len(precision), key, list(precision),
+            f"must name at least one of {', '.join(PRECISIONS)}, and none twice")
+    for name, of in (("matryoshka_weights", "matryoshka_dims"), ("precision_weights", "precision")):
+        weights, entries = vars(config.objective)[name], vars(config.embedding)[of]
+        require(not weights or len(weights) == len(entries), f"objective.{name}", list(weights),
+                f"must have one weight per entry of embedding.{of} = {list(entries)}")
+    if precision == ("float32",):
+        return
+    require(config.task == "embedding", key, list(precision), "a reranker gives scores and no vectors; remove it")
+    require(config.embedding.head not in ("multi_vector", "sparse"), key, list(precision),
+            f"such vectors are kept in float32 (embedding.head: {config.embedding.head}); remove it")
+    require(config.objective.loss in CONTRASTIVE, key, list(precision), f"objective.loss = {config.objective.loss!r} "
+            f"compares vectors as they are; choose one of {', '.join(CONTRASTIVE)}, or remove it")
+    require(config.embedding.unit_length or "binary" not in precision, key, list(precision), "signs have no length, "
+            "and embedding.normalize = False compares lengths too; set that to true, or leave binary out")
 
 
 def check_score_temperature(config: "RunConfig") -> None:

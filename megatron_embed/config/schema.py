@@ -13,6 +13,7 @@ from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, Obj
 from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.config.require import require
 from megatron_embed.config.run_checks import (
+    check_dims_and_precisions,
     check_evaluated,
     check_first_pass,
     check_head,
@@ -22,7 +23,7 @@ from megatron_embed.config.run_checks import (
     check_transformer_engine,
 )
 from megatron_embed.config.workload import WORKLOADS, Workload
-from megatron_embed.names import Activation, ContextMethod, EmbeddingHead, HeadKind, Pooling
+from megatron_embed.names import Activation, ContextMethod, EmbeddingHead, HeadKind, Pooling, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,10 @@ class EmbeddingConfig:
     matryoshka_dims: tuple[int, ...] = ()
     """Dimensions that the loss is also taken at, largest first: embeddings are truncated to each and, with `normalize`,
     scaled to unit length again. Empty: the full dimension only."""
+    precision: tuple[Precision, ...] = ("float32",)
+    """Precisions that the loss is taken at, and evaluation sets are searched at; at every one of matryoshka_dims. int8:
+    documents are rounded to 256 values of each component. binary: queries and documents to signs, 32 times smaller than
+    float32. Gradients pass straight through. With objective.loss info_nce or sigmoid."""
     instruction: str | None = None
     """Replaces `{instruction}` in the query prompt for rows, files and evaluation sets without an instruction of their
     own; checkpoints and exports contain the prompt with it filled in. null: all of them must have their own."""
@@ -379,9 +384,6 @@ class RunConfig:
             check_reranker_run(self)
         has_head = self.workload.has_head or self.embedding.head == "sparse"
         self.optimizer.check_against(has_head=has_head, dtype=self.model.dtype, lora_rank=self.lora.rank)
-        weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
-        require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
-                f"must have one weight per entry of embedding.matryoshka_dims = {list(dims)}")
         require(self.data.document_sampling is None or self.objective.rows != "pairs", "data.document_sampling",
                 self.data.document_sampling, f"has no effect with pairs, which objective.loss = {self.objective.loss} "
                 "takes; remove it")
@@ -391,6 +393,7 @@ class RunConfig:
         check_kept_activations(self)
         check_quantization(self)
         check_head(self)
+        check_dims_and_precisions(self)
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
                                          in_batch=self.data.all_in_batch)

@@ -3,7 +3,7 @@
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytrec_eval
@@ -18,7 +18,9 @@ from megatron_embed.evaluation.finite import require_finite
 from megatron_embed.evaluation.given_vectors import GivenVectors
 from megatron_embed.evaluation.rerank_stage import RerankStage, rerank_scores
 from megatron_embed.evaluation.search import StreamedSearch, for_similarity
-from megatron_embed.names import Role, Similarity
+from megatron_embed.evaluation.stored_vectors import CALIBRATION_VECTORS, Ranges, bits, precision_prefixes, ranges_of
+from megatron_embed.losses.precision import int8_values
+from megatron_embed.names import Role, SearchPrecision, Similarity
 from megatron_embed.parallel.collectives import gather_objects, rank_and_size
 
 Qrels = dict[str, dict[str, int]]
@@ -92,6 +94,12 @@ class Rankings:
     two_stage: int | None = None
     """One more ranking: the best `candidates` by vectors of this width, ordered by full vectors."""
     candidates: int = 100
+    """Documents that the first of two stages finds, of a query."""
+    precisions: tuple[SearchPrecision, ...] = ()
+    """One ranking each, at every width: of documents in int8 by the query as it is; by Hamming distances of signs; the
+    best `candidates` of these, ordered by the query as it is."""
+    ranges: Ranges = field(default_factory=dict)
+    """Of int8, by width; without one, those of the first CALIBRATION_VECTORS documents by id."""
     rerank: RerankStage | None = None
     """Further rankings: the best documents in a reranker's order."""
 
@@ -116,10 +124,11 @@ def evaluate_queries(embed: Embed, data: BeirData, *, k: int = 1000, similarity:
                      given: GivenVectors | None = None) -> dict[str, dict[str, float]]:
     """Metrics of each query, in the order of the set, by search with these embeddings over the whole corpus.
 
-    Metric names begin with `dim_WIDTH/` for a truncated width, `two_stage_WIDTH/` for two stages and `reranked/` for a
-    reranker's order. With `data.drop_own_id`, no ranking contains the document with the query's own id. `map` covers
-    the k documents retrieved. Documents are read, embedded, searched and released in blocks, so the corpus may be
-    larger than memory; the queries with their best documents and the ids stay in memory.
+    Metric names begin with `dim_WIDTH/` for a truncated width, `int8/`, `binary/` and `rescore/` (behind the width) for
+    a precision, `two_stage_WIDTH/` for two stages and `reranked/` for a reranker's order. With `data.drop_own_id`, no
+    ranking contains the document with the query's own id. `map` covers the k documents retrieved. Documents are read,
+    embedded, searched and released in blocks, so the corpus may be larger than memory; the queries with their best
+    documents and the ids stay in memory.
 
     Args:
         embed: texts and their role -> [texts, dim], in order. Called by all ranks of the group, once for the queries
@@ -216,9 +225,9 @@ def _by_index(given: GivenVectors, queries: Tensor, k: int, order: Sequence[int]
             torch.from_numpy(np.take_along_axis(positions, places, axis=1)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Search:
-    """One search by vectors of a width."""
+    """One search by vectors of a width and precision."""
 
     search: StreamedSearch
     width: int
@@ -227,10 +236,20 @@ class _Search:
     similarity: Similarity
     excludes: bool
     """Whether queries have a document that they must not retrieve."""
+    precision: SearchPrecision = "float32"
+    ranges: Tensor | None = None
+    """[2, width] of int8; None: of the first documents."""
 
     def add(self, documents: Tensor) -> None:
         short = for_similarity(documents[:, : self.width], self.similarity)
-        self.search.add(short, for_similarity(documents, self.similarity) if self.full else None)
+        if self.precision == "int8":
+            if self.ranges is None:
+                self.ranges = torch.from_numpy(ranges_of(short[:CALIBRATION_VECTORS]))
+            short = int8_values(short, self.ranges.to(short))
+        elif self.precision != "float32":
+            short = bits(short)
+        rescored = short if self.precision == "rescore" else None
+        self.search.add(short, for_similarity(documents, self.similarity) if self.full else rescored)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Scores and indices of the retrieved documents, best first."""
@@ -271,6 +290,14 @@ def _searches(queries: Tensor, k: int, similarity: Similarity, rankings: Ranking
                                 full_queries=for_similarity(queries, similarity))
         searches[f"two_stage_{width}/"] = _Search(search=search, width=width, full=True, similarity=similarity,
                                                  excludes=excludes)
+    for prefix, cut, precision in precision_prefixes(rankings.dims, rankings.precisions):
+        width = cut or queries.shape[1]
+        whole, rescores = for_similarity(queries[:, :width], similarity), precision == "rescore"
+        search = StreamedSearch(whole if precision == "int8" else bits(whole), rankings.candidates if rescores else k,
+                                excluded=excluded, full_queries=whole if rescores else None)
+        ranges = rankings.ranges.get(width)
+        searches[prefix] = _Search(search=search, width=width, full=False, similarity=similarity, excludes=excludes,
+                                   precision=precision, ranges=None if ranges is None else torch.from_numpy(ranges))
     return searches
 
 

@@ -13,8 +13,9 @@ from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.reranking import CUTOFFS as RERANK_CUTOFFS
 from megatron_embed.evaluation.reranking import RerankData
 from megatron_embed.evaluation.retrieval import CUTOFFS, Embed, Rankings, evaluate_retrieval
+from megatron_embed.evaluation.stored_vectors import precision_prefixes
 from megatron_embed.evaluation.sts import StsData, evaluate_sts
-from megatron_embed.names import Role, Similarity
+from megatron_embed.names import Role, SearchPrecision, Similarity
 
 RETRIEVAL_METRICS = ("map", *(f"{name}@{k}" for k in CUTOFFS for name in ("ndcg", "mrr", "recall", "precision")))
 STS_METRICS = ("pearson", "spearman")
@@ -32,6 +33,8 @@ class EvaluationSuite:
     reranking: Sequence[RerankData]
     dims: tuple[int, ...] = ()
     """Truncated widths at which retrieval and pairs are measured too, as `dim_WIDTH/name`."""
+    precisions: tuple[SearchPrecision, ...] = ()
+    """Precisions at which retrieval is measured too, at every width, as `binary/name` and `dim_WIDTH/binary/name`."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to evaluate."""
@@ -41,8 +44,9 @@ class EvaluationSuite:
         """Names of all metrics of an evaluation."""
         names: list[str] = []
         widths = ("", *(f"dim_{width}/" for width in self.dims))
+        stored = [prefix for prefix, *_ in precision_prefixes(self.dims, self.precisions)]
         kinds: tuple[tuple[str, Sequence[BeirData | StsData | RerankData], Sequence[str], Sequence[str]], ...] = (
-            ("", self.retrieval, widths, RETRIEVAL_METRICS), ("", self.sts, widths, STS_METRICS),
+            ("", self.retrieval, (*widths, *stored), RETRIEVAL_METRICS), ("", self.sts, widths, STS_METRICS),
             ("rerank/", self.reranking, ("",), RERANK_METRICS))
         for prefix, sets, measured, metrics in kinds:
             own = [f"{width}{metric}" for width in measured for metric in metrics]
@@ -86,7 +90,7 @@ class EvaluationSuite:
 
         `embed_for`: a set's instruction, or None -> the function that embeds its texts.
         """
-        rankings = Rankings(dims=self.dims)
+        rankings = Rankings(dims=self.dims, precisions=self.precisions)
         retrieval = [(data.name, evaluate_retrieval(embed_for(data.instruction), data, similarity=similarity,
                                                     rankings=rankings, group=group, device=device))
                      for data in self.retrieval]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_embed.errors import ConfigError, DataError, UserError
 from megatron_embed.evaluation.search import for_similarity
-from megatron_embed.names import Similarity
+from megatron_embed.evaluation.stored_vectors import as_dtype
+from megatron_embed.names import Similarity, VectorDtype
 from megatron_embed.platform.atomic_file import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ class VectorFile:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npy file of numbers"
             raise ConfigError(f"{key} {file}: {reason}; name the file that `megatron-embed encode` wrote",
                               key=key) from None
+        if isinstance(array, np.ndarray) and array.dtype in (np.int8, np.uint8):
+            raise ConfigError(f"{key} {file}: holds codes of vectors ({array.dtype}), for other programs to search; "
+                              "encode the texts with --output-dtype float32 or float16 for this one", key=key)
         if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not array.size:
             raise ConfigError(f"{key} {file}: holds no vectors [texts, dim] of floating-point numbers; name the file "
                               "that `megatron-embed encode` wrote", key=key)
@@ -190,15 +194,19 @@ class ShardWriter:
         settings: all that decides the vectors, as JSON takes it.
         rows, dim: of all vectors together.
         dtype: of the vectors on the disk.
+        ranges: [2, dim] of int8 and uint8.
         is_first: whether this process makes the directory, which the others then have to find.
     Raises:
         ConfigError: the directory cannot be written, or holds something else.
     """
 
-    def __init__(self, directory: str, settings: Mapping[str, Any], *, rows: int, dim: int, dtype: str = "float32",
+    def __init__(self, directory: str, settings: Mapping[str, Any], *, rows: int, dim: int,
+                 dtype: VectorDtype = "float32", ranges: NDArray[np.float32] | None = None,
                  is_first: bool = True) -> None:
-        self._directory, self._dtype, self._rows = Path(directory), np.dtype(dtype), rows
-        self._shard_rows = max(1, SHARD_BYTES // (dim * self._dtype.itemsize) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        self._directory, self._rows = Path(directory), rows
+        self._dtype, self._ranges = dtype, ranges
+        row_bytes = as_dtype(torch.zeros(1, dim), dtype, ranges).nbytes
+        self._shard_rows = max(1, SHARD_BYTES // row_bytes // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
         described = json.loads(json.dumps({"rows": rows, "dim": dim, "dtype": dtype, "shard_rows": self._shard_rows,
                                            **settings}))
         summary = self._directory / SUMMARY
@@ -244,7 +252,7 @@ class ShardWriter:
 
     def write(self, shard: int, vectors: Tensor) -> UserError | None:
         """Write a shard, complete or not at all; the error if it cannot be written."""
-        array = vectors.numpy().astype(self._dtype)
+        array = as_dtype(vectors, self._dtype, self._ranges)
         return write_atomic("--output", str(self.path(shard)), lambda file: np.save(file, array), binary=True)
 
 

@@ -1,4 +1,5 @@
-"""Real texts that a graph of 8-bit integers is calibrated on: rows of the training data, or of a file."""
+"""Real texts that 8-bit integers are calibrated on, of a graph or of vectors: rows of the training data, or of a
+file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,10 @@ from megatron_embed.data.beir import is_beir_folder
 from megatron_embed.data.dataset import BeirFile, RecordFile, RecordSet, open_records
 from megatron_embed.data.records import AnyRecord, Record
 from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.search import for_similarity
+from megatron_embed.evaluation.stored_vectors import CALIBRATION_VECTORS, Ranges, ranges_of
+from megatron_embed.names import Similarity
 
 CALIBRATION_ROWS = 256
 """Rows that are taken, evenly spaced."""
@@ -42,9 +47,21 @@ def calibration_rows(source: str, file: str | None) -> CalibrationRows:
                           f"{_REMEDY}") from error
 
 
-def sample_rows(records: RecordSet) -> CalibrationRows:
+def ranges_of_documents(encoder: TextEncoder, records: RecordSet, dims: Sequence[int], *, unit_length: bool) -> Ranges:
+    """Ranges of the vectors of up to CALIBRATION_VECTORS documents, whole and truncated to each of `dims`.
+
+    Called by all ranks. `unit_length`: truncated vectors are scaled to unit length again.
+    """
+    texts = list(dict.fromkeys(document for _, document in sample_rows(records, CALIBRATION_VECTORS)))
+    vectors = encoder.encode(texts, "document")
+    similarity: Similarity = "cosine" if unit_length else "dot"
+    return {width: ranges_of(for_similarity(vectors[:, :width], similarity))
+            for width in dict.fromkeys((encoder.dim, *dims))}
+
+
+def sample_rows(records: RecordSet, most: int = CALIBRATION_ROWS) -> CalibrationRows:
     """Rows evenly spaced over the records."""
-    count = min(len(records), CALIBRATION_ROWS)
+    count = min(len(records), most)
     return [_pair(records[index * len(records) // count], index) for index in range(count)]
 
 

@@ -22,6 +22,7 @@ from megatron_embed.convert.vocabulary_tensors import vocabulary_class
 from megatron_embed.data.tokenizer import RoleTokenizer, fill_template
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.sparse_vectors import sparse_vectors
+from megatron_embed.evaluation.stored_vectors import Ranges, ranges_text
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import WantedExport, export, export_on_rank_0
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
@@ -31,7 +32,7 @@ from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.saved_settings import default_pooling
-from megatron_embed.names import Role
+from megatron_embed.names import RANGES_FILE, Role
 from megatron_embed.platform.bf16_support import processor_has_bf16
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
     roles: tuple[Role, ...] = ("query", "document")
     lengths = {role: config.data.max_length(role) for role in roles}
     take_dense(hf, saved.dense)  # the trained weights are among the checkpoint's tensors
+    (hf / RANGES_FILE).unlink(missing_ok=True)  # of the vectors before training
     export_sentence_transformers(
         hf, pooling=pooling, normalize=unit_length, needs_eos=pooling == "lasttoken" and saved.chat is None and (
             not saved.sparse),
@@ -216,9 +218,12 @@ def _vectors_of_probes(encoder: TextEncoder, texts: list[str], role: Role) -> Te
 
 
 def export_model(checkpoint: str, wanted: Sequence[WantedExport], encoder: TextEncoder, texts: Sequence[str],
-                 dtype: str, settings: ExpectedSettings) -> None:
+                 dtype: str, settings: ExpectedSettings, ranges: Ranges) -> None:
     """Writes each directory from a checkpoint, of a run from the newest, if Sentence Transformers, and the engine whose
-    files it has, give the vectors of the model in memory. Called by all ranks; see `export_on_rank_0`."""
+    files it has, give the vectors of the model in memory. Called by all ranks; see `export_on_rank_0`.
+
+    `ranges`: of int8 vectors, for RANGES_FILE; empty: there is none.
+    """
     probes = export_probes(encoder, texts, settings.max_seq_length)
 
     def verify(addition: "EngineFiles | None", directory: Path) -> list[str]:
@@ -229,9 +234,15 @@ def export_model(checkpoint: str, wanted: Sequence[WantedExport], encoder: TextE
             f"{addition.compare_vectors(directory, probe.texts, probe.one_each, probe.role, MINIMUM_COSINE[dtype])}"
             for probe in probes])
 
+    def complete(item: WantedExport, directory: Path) -> None:
+        if ranges:
+            (directory / RANGES_FILE).write_text(ranges_text(ranges), encoding="utf-8")
+        item.complete(directory)
+
     def run_export(item: WantedExport) -> list[str]:
         merge = open_checkpoint(checkpoint).info.adapters is not None
         return export(functools.partial(megatron_to_hf, checkpoint, item.destination, merge_lora=merge),
-                      complete=item.complete, verify=functools.partial(verify, item.addition), note=item.finish)
+                      complete=functools.partial(complete, item), verify=functools.partial(verify, item.addition),
+                      note=item.finish)
 
     export_on_rank_0({item.destination: functools.partial(run_export, item) for item in wanted})

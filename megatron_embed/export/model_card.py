@@ -14,7 +14,7 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.dense_settings import embedding_width
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
-from megatron_embed.names import ExportFormat, ModelPooling
+from megatron_embed.names import RANGES_FILE, ExportFormat, ModelPooling
 
 _EMBEDDING_USE = """```python
 from sentence_transformers import SentenceTransformer
@@ -86,8 +86,8 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
     use = use or (_RERANKER_USE if dim is None else uses.get(config.embedding.head or "", _EMBEDDING_USE))
     prompts = _saved_prompts(directory) or {role: config.data.prompt(role) for role in ("query", "document")}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _head(config, library, dim).items()), "---", "",
-             f"# {title or directory_title(config)}", "", _what(config, dim), "", "## Use", "", use, "",
-             *_prompts(prompts), "## Training", "",
+             f"# {title or directory_title(config)}", "", _what(config, dim) + _ranges(directory), "",
+             "## Use", "", use, "", *_prompts(prompts), "## Training", "",
              "| setting | value |", "|---|---|",
              *(f"| {name} | {value} |" for name, value in _training(config, step, dim)), ""]
     metrics = evaluation_after(config, step)
@@ -203,6 +203,11 @@ def _head(config: RunConfig, library: str, dim: int | None) -> dict[str, Any]:
     return {"library_name": library, "pipeline_tag": kind, "tags": tags, **base}
 
 
+def _ranges(directory: Path) -> str:
+    return (f" `{RANGES_FILE}` has `ranges` for Sentence Transformers' `quantize_embeddings`, by the number of "
+            "components of a vector.") if (directory / RANGES_FILE).is_file() else ""
+
+
 def _what(config: RunConfig, dim: int | None) -> str:
     base = Path(config.model.path).name if _is_local(config.model.path) else config.model.path
     by = f"fine-tuned from {base} by megatron_embed {__version__}."
@@ -210,6 +215,8 @@ def _what(config: RunConfig, dim: int | None) -> str:
         return f"A reranker: scores a query with a document; {by}"
     widths = config.embedding.matryoshka_dims
     also = f" Trained to be cut to {', '.join(map(str, widths))} numbers as well." if widths else ""
+    stored = [precision for precision in config.embedding.precision if precision != "float32"]
+    also += f" Trained to be stored as {' and '.join(stored)} as well." if stored else ""
     if config.embedding.head == "multi_vector":
         return (f"A multi-vector embedding model: texts to a vector of {dim} numbers for every token, compared by "
                 f"MaxSim; {by}")

@@ -1,4 +1,5 @@
-"""Any loss over several leading parts of the same embeddings (Kusupati et al. 2022, arXiv:2205.13147)."""
+"""Any loss over several leading parts of the same embeddings (Kusupati et al. 2022, arXiv:2205.13147), at several
+precisions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,22 +7,33 @@ from dataclasses import dataclass
 import torch.nn.functional as functional
 from torch import Tensor
 
+from megatron_embed.names import Precision
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatryoshkaDim:
-    """One dimension of a loss."""
+    """One dimension of a loss, at one precision."""
 
     dim: int | None
     """Leading components of an embedding; None: the embeddings as they are."""
     weight: float
+    precision: Precision = "float32"
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others of a loss: `64`, `64@binary`, `binary`."""
+        parts = ([] if self.dim is None else [str(self.dim)])
+        return "@".join([*parts, self.precision] if self.precision != "float32" or not parts else parts)
 
 
-def matryoshka_dims(dims: Sequence[int], weights: Sequence[float]) -> tuple[MatryoshkaDim, ...]:
-    """The dimensions of a loss: those given, with their weights or 1 each; without any, the whole embeddings."""
-    if not dims:
-        return (MatryoshkaDim(dim=None, weight=1.0),)
-    return tuple(MatryoshkaDim(dim=dim, weight=weight)
-                 for dim, weight in zip(dims, weights or [1.0] * len(dims), strict=True))
+def matryoshka_dims(dims: Sequence[int], weights: Sequence[float], precisions: Sequence[Precision] = ("float32",),
+                    precision_weights: Sequence[float] = ()) -> tuple[MatryoshkaDim, ...]:
+    """The dimensions of a loss: those given, with their weights or 1 each; without any, the whole embeddings. Each at
+    every precision, whose weight multiplies that of the dimension."""
+    widths: Sequence[int | None] = dims or [None]
+    return tuple(MatryoshkaDim(dim=dim, precision=precision, weight=weight * factor)
+                 for dim, weight in zip(widths, weights or [1.0] * len(widths), strict=True)
+                 for precision, factor in zip(precisions, precision_weights or [1.0] * len(precisions), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,13 +64,21 @@ class LossGradient:
 
 
 def configured_dims(config: RunConfig) -> tuple[MatryoshkaDim, ...]:
-    """The dimensions over which a configuration takes its loss."""
-    return matryoshka_dims(config.embedding.matryoshka_dims, config.objective.matryoshka_weights)
+    """The dimensions and precisions over which a configuration takes its loss."""
+    embedding, objective = config.embedding, config.objective
+    return matryoshka_dims(embedding.matryoshka_dims, objective.matryoshka_weights, embedding.precision,
+                           objective.precision_weights)
 
 
 def matryoshka_names(dims: Sequence[MatryoshkaDim]) -> tuple[str, ...]:
-    """Names of the losses at each dimension: `loss@64`; none for whole embeddings."""
-    return tuple(f"loss@{matryoshka.dim}" for matryoshka in dims if matryoshka.dim is not None)
+    """Names of the losses at each dimension and precision: `loss@64`, `loss@64@binary`; none for whole embeddings in
+    float32 alone."""
+    return () if _is_plain(dims) else tuple(f"loss@{matryoshka.name}" for matryoshka in dims)
+
+
+def _is_plain(dims: Sequence[MatryoshkaDim]) -> bool:
+    """Whether a loss is taken of whole embeddings in float32 alone."""
+    return [(matryoshka.dim, matryoshka.precision) for matryoshka in dims] == [(None, "float32")]
 
 
 def combine_dims(values: Sequence[Tensor], dims: Sequence[MatryoshkaDim]) -> Tensor:
@@ -78,8 +86,7 @@ def combine_dims(values: Sequence[Tensor], dims: Sequence[MatryoshkaDim]) -> Ten
     the largest; then the losses themselves. `values` are [names, 2] each, `loss` first."""
     combined = values[0].clone()
     combined[0, 0] = sum(value[0, 0] * matryoshka.weight for value, matryoshka in zip(values, dims, strict=True))
-    losses = [value[:1] for value, matryoshka in zip(values, dims, strict=True) if matryoshka.dim is not None]
-    return torch.cat([combined, *losses])
+    return torch.cat([combined, *([] if _is_plain(dims) else [value[:1] for value in values])])
 
 
 class Objective(ABC, Generic[Batch]):

@@ -18,6 +18,7 @@ from megatron_embed.losses.negatives import (
     duplicate_mask,
     duplicates_over,
 )
+from megatron_embed.losses.precision import as_stored
 from megatron_embed.names import Direction
 from megatron_embed.objectives.base import (
     LossGradient,
@@ -86,7 +87,8 @@ class Contrastive(Objective[EmbedBatch]):
 
         Ranks may differ in their numbers of rows, but not in `batch.capacity`. One all-gather of embeddings and one
         reduce-scatter of their gradients over the data-parallel group, and two small collectives (numbers of rows, text
-        hashes and documents' queries; sums), whatever the number of micro-batches, directions and dimensions.
+        hashes and documents' queries; sums), whatever the number of micro-batches, directions, dimensions and
+        precisions.
         """
         group, query, document = self.dp_group, embeddings[: batch.num_queries], embeddings[batch.num_queries :]
         ids = gather_ids(batch, group, texts=self.mask_duplicates, document_queries=self.needs_document_queries)
@@ -196,7 +198,7 @@ class _Columns:
 
 @dataclasses.dataclass(kw_only=True)
 class _LossOverDims:
-    """Sums and gradients of the loss, added up over matryoshka dimensions."""
+    """Sums and gradients of the loss, added up over matryoshka dimensions and precisions."""
 
     query: Tensor
     """[queries/dp, dim], this rank's queries."""
@@ -217,12 +219,13 @@ class _LossOverDims:
     grad_query_columns: Tensor | None = None
 
     def add(self, matryoshka: MatryoshkaDim) -> None:
-        """Add the loss at one dimension."""
+        """Add the loss at one dimension and precision."""
         query, documents = self._truncate(self.query, matryoshka), self._truncate(self.gathered.document, matryoshka)
         queries = None if self.gathered.query is None else self._truncate(self.gathered.query, matryoshka)
-        candidates = dataclasses.replace(self.columns, document=documents.embeddings,
-                                         query=None if queries is None else queries.embeddings)
-        grad = contrastive_gradients(query.embeddings[self.terms.query], candidates, self.settings, total=self.total,
+        stored = as_stored(matryoshka.precision, query.embeddings, documents.embeddings,
+                           None if queries is None else queries.embeddings)
+        candidates = dataclasses.replace(self.columns, document=stored.document, query=stored.query)
+        grad = contrastive_gradients(stored.anchor[self.terms.query], candidates, self.settings, total=self.total,
                                      weights=self.terms.weights)
         self.sums.append(grad.sums)
         self.grad_scale.append(torch.stack([grad.log_scale, grad.bias]) * matryoshka.weight)

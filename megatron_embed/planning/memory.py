@@ -266,9 +266,9 @@ MAXSIM_TILES = 6
 
 
 def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
-    """Loss bytes, on the last stage: this rank's embeddings, all documents and their gradient, one tile. Of a
-    multi-vector model, this rank's vectors and their gradient, and tiles of similarities, scores and documents; of a
-    sparse model see `sparse_loss_bytes`.
+    """Loss bytes, on the last stage: this rank's embeddings, all documents and their gradient, one tile; documents that
+    are rounded three times more, with what their rounding computes. Of a multi-vector model, this rank's vectors and
+    their gradient, and tiles of similarities, scores and documents; of a sparse model see `sparse_loss_bytes`.
 
     A reranker's scores are negligible.
     """
@@ -282,7 +282,8 @@ def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> 
         vectors = sum(count * tokens for count, tokens in config.workload.texts_per_query) * queries // grid.dp
         return vectors * width * 2 + MAXSIM_TILES * 4 * MAXSIM_TILE_ELEMENTS
     own = (queries + documents) // grid.dp * width * 2
-    return own + 3 * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)
+    copies = 3 if config.embedding.precision == ("float32",) else 6
+    return own + copies * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)
 
 
 def sparse_loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid) -> int:

@@ -29,6 +29,7 @@ from megatron_embed.evaluation.reranking import similarity_of_pairs
 from megatron_embed.evaluation.retrieval import Embed
 from megatron_embed.evaluation.sts import refuse_empty_pairs
 from megatron_embed.evaluation.suite import EvaluationSuite, average
+from megatron_embed.export.calibration import ranges_of_documents
 from megatron_embed.export.embedding import PROBES, export_model, write_settings
 from megatron_embed.export.verify import ExpectedSettings
 from megatron_embed.loading.model_directory import ModelDirectory, error_context, load_model_chunks
@@ -179,10 +180,12 @@ class EmbeddingTask(Task):
                            if encoder.topology.rank == 0 else None)
 
     def _export(self, encoder: TextEncoder, records: RecordSet, checkpoint: str, steps: int) -> None:
-        config = self.config
-        wanted = self.wanted_exports(checkpoint, steps, self.model.dim(config.embedding), records)
+        config, embedding = self.config, self.config.embedding
+        wanted = self.wanted_exports(checkpoint, steps, self.model.dim(embedding), records)
+        ranges = {} if "int8" not in embedding.precision else ranges_of_documents(
+            encoder, records, embedding.matryoshka_dims, unit_length=embedding.unit_length)
         export_model(checkpoint, wanted, encoder, comparable_texts(records, self.tokenizer), config.model.dtype,
-                     expected_settings(config, self.tokenizer))
+                     expected_settings(config, self.tokenizer), ranges)
 
 
 def check_lengths(config: RunConfig, model: ModelDirectory) -> None:

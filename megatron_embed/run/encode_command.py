@@ -1,14 +1,19 @@
 """The `encode` command: vectors of a file of texts, in one file or in shards."""
 
 import argparse
+import contextlib
 import functools
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_embed import __version__
@@ -16,6 +21,14 @@ from megatron_embed.data.corpus import TextsOnDisk
 from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.sparse_vectors import sparse_vectors, write_matrix
+from megatron_embed.evaluation.stored_vectors import (
+    as_dtype,
+    needs_ranges,
+    ranges_name,
+    ranges_of,
+    ranges_text,
+    read_ranges,
+)
 from megatron_embed.evaluation.token_file import write_token_file
 from megatron_embed.evaluation.token_pooling import pool_tokens
 from megatron_embed.evaluation.vector_files import ShardWriter, write_shards
@@ -26,15 +39,47 @@ from megatron_embed.platform.atomic_file import write_atomic
 TEXTS_PER_MATRIX = 65536
 """Texts of a matrix in a directory of sparse vectors."""
 
+logger = logging.getLogger(__name__)
 
-def encode_to_file(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder) -> None:
-    """Write a .npy file, complete or not at all. Called by all ranks."""
-    vectors = _encoded(args, texts, encoder, range(len(texts)))
-    error = None
+
+def encode_to_file(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder, model: ModelDirectory) -> None:
+    """Write a .npy file, complete or not at all, and beside int8 codes their ranges: those of --ranges, of the model
+    directory, or of these vectors. Called by all ranks."""
+    ranges = given_ranges(args, model, encoder.dim)
+    vectors, error = _encoded(args, texts, encoder, range(len(texts))), None
     if encoder.topology.rank == 0:
-        array = vectors.numpy().astype(args.output_dtype)
-        error = write_atomic("--output", args.output, lambda file: np.save(file, array), binary=True)
+        if needs_ranges(args.output_dtype):
+            if ranges is None:
+                logger.info("the ranges of %s are those of these %d vectors", args.output_dtype, len(vectors))
+            ranges = ranges_of(vectors) if ranges is None else ranges
+            error = _write_ranges(args, ranges)
+        array = as_dtype(vectors, args.output_dtype, ranges)
+        error = error or write_atomic("--output", args.output, lambda file: np.save(file, array), binary=True)
+        if error is not None and ranges is not None:
+            with contextlib.suppress(OSError):
+                os.remove(ranges_name(args.output))
     raise_on_all_ranks(error)
+
+
+def given_ranges(args: argparse.Namespace, model: ModelDirectory, dim: int) -> NDArray[np.float32] | None:
+    """[2, dim] ranges of --ranges, otherwise of the model directory; None: there are none, or none are needed.
+
+    Raises:
+        ConfigError: those of --ranges are of other vectors.
+    """
+    if not needs_ranges(args.output_dtype):
+        return None
+    known = read_ranges(Path(args.ranges) if args.ranges is not None else model.root)
+    if args.ranges is not None and dim not in known:
+        raise ConfigError(f"--ranges {args.ranges}: has no ranges of vectors of {dim} numbers, which the model gives "
+                          f"(widths there: {', '.join(map(str, known)) or 'none'}); name a file that `encode` or an "
+                          "export has written", key="--ranges")
+    return known.get(dim)
+
+
+def _write_ranges(args: argparse.Namespace, ranges: NDArray[np.float32]) -> UserError | None:
+    text = ranges_text({ranges.shape[1]: ranges})
+    return write_atomic("--output", ranges_name(args.output), lambda file: file.write(text))
 
 
 def encode_token_vectors(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder) -> None:
@@ -101,13 +146,22 @@ def encode_to_directory(args: argparse.Namespace, texts: TextsOnDisk, encoder: T
         UserError: on all ranks.
     """
     rank, settings = encoder.topology.rank, settings_of_vectors(args, encoder, model)
+    ranges = given_ranges(args, model, encoder.dim)
+    if needs_ranges(args.output_dtype):
+        if ranges is None:
+            raise ConfigError(f"--output-dtype {args.output_dtype}: shards need ranges that are known before the first "
+                              f"of them, and {args.model} has none; encode some of the texts into one .npy file first, "
+                              "and name the ranges beside it with --ranges", key="--output-dtype")
+        settings["ranges"] = hashlib.sha256(ranges.tobytes()).hexdigest()
     writer: ShardWriter | None = None
     for is_turn in (rank == 0, rank != 0):  # rank 0 makes the directory, which the others then find
         error: UserError | None = None
         try:
             if is_turn:
                 writer = ShardWriter(args.output, settings, rows=len(texts), dim=encoder.dim, dtype=args.output_dtype,
-                                     is_first=rank == 0)
+                                     ranges=ranges, is_first=rank == 0)
+                if rank == 0 and ranges is not None:
+                    error = _write_ranges(args, ranges)
         except ConfigError as config_error:
             error = config_error
         raise_on_all_ranks(error)

@@ -58,20 +58,23 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     from megatron_embed.evaluation.block_retrieval import evaluate_by_blocks
     from megatron_embed.evaluation.given_vectors import open_given_vectors
     from megatron_embed.evaluation.retrieval import METRICS, Rankings, evaluate_queries, mean_metrics
+    from megatron_embed.evaluation.stored_vectors import read_ranges
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
     from megatron_embed.parallel.collectives import raise_on_all_ranks
 
     check_metric_names(args.require, [prefix + name for prefix in ranking_prefixes(args) for name in METRICS])
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start,
-                                             multi_vector=not (args.dims or args.two_stage or args.vectors))
+                                             multi_vector=not (args.dims or args.two_stage or args.vectors
+                                                               or args.precision))
     given = open_given_vectors(args, rows=len(data.document_ids), dim=encoder.dim, similarity=model.saved.similarity,
                                what=f"{args.data}/corpus.jsonl")
-    if given is not None and given.index is not None and (args.dims or args.two_stage):
-        option = "--dims" if args.dims else "--two-stage"
+    option = "--dims" if args.dims else "--two-stage" if args.two_stage else "--precision" if args.precision else None
+    if given is not None and given.index is not None and option is not None:
         raise ConfigError(f"{option}: compares parts of vectors, and --index {given.kind} holds whole ones; leave it "
                           "out, or set --index flat", key=option)
-    rankings = Rankings(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
+    rankings = Rankings(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100,
+                        precisions=args.precision, ranges=read_ranges(model.root) if "int8" in args.precision else {})
     rankings.check(encoder.dim)
     if args.reranker is not None:
         rankings = dataclasses.replace(rankings, rerank=open_rerank_stage(args, data.query_texts, topology))
@@ -89,7 +92,10 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
 
 def ranking_prefixes(args: argparse.Namespace) -> list[str]:
     """Prefixes of the metrics' names, one for each ranking of a BEIR folder that the options ask for."""
+    from megatron_embed.evaluation.stored_vectors import precision_prefixes
+
     prefixes = ["", *(f"dim_{width}/" for width in args.dims)]
+    prefixes += [prefix for prefix, *_ in precision_prefixes(args.dims, args.precision)]
     if args.two_stage is not None:
         prefixes.append(f"two_stage_{args.two_stage}/")
     if args.reranker is not None:
@@ -128,8 +134,8 @@ def open_rerank_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
 
 def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
-    refuse_options(args, "pairs", "split", "drop_own_id", "two_stage", "reranker", "per_query", "vectors", "index",
-                   "probes", "ef_search")
+    refuse_options(args, "pairs", "split", "drop_own_id", "two_stage", "precision", "reranker", "per_query", "vectors",
+                   "index", "probes", "ef_search")
     from megatron_embed.evaluation.sts import load_sts
 
     data = load_sts(args.data, "--data")
@@ -146,8 +152,8 @@ def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
 
 def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
-    refuse_options(args, "lists", "split", "drop_own_id", "two_stage", "dims", "reranker", "per_query", "vectors",
-                   "index", "probes", "ef_search")
+    refuse_options(args, "lists", "split", "drop_own_id", "two_stage", "dims", "precision", "reranker", "per_query",
+                   "vectors", "index", "probes", "ef_search")
     from megatron_embed.evaluation.document_search import scores_of_lists
     from megatron_embed.evaluation.reranking import METRICS, evaluate_reranking, load_rerank_file, similarity_of_pairs
 

@@ -156,7 +156,7 @@ def open_suite(task: Task) -> EvaluationSuite:
                    for item in evaluation.retrieval],
         sts=[with_overrides(load_sts(item.path), item) for item in evaluation.sts],
         reranking=[load_rerank_file(file, "evaluation.reranking") for file in evaluation.reranking],
-        dims=config.embedding.matryoshka_dims)
+        dims=config.embedding.matryoshka_dims, precisions=config.embedding.precision)
     task.check_evaluations(suite)
     refuse_equal_names("evaluation.retrieval", suite.retrieval)
     refuse_equal_names("evaluation.sts", suite.sts)

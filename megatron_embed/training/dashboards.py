@@ -14,7 +14,7 @@ _LEARNED = r"(temperature|bias|log_scale_gradient|bias_gradient)$"
 CUSTOM_SCALARS = {
     "Loss": {
         "loss": ["Multiline", [_BOTH + r"loss$"]],
-        "loss at each width": ["Multiline", [_BOTH + r"loss@\d+$"]],
+        "loss at each width": ["Multiline", [_BOTH + r"loss@[a-z0-9@]+$"]],
         "gradient norm": ["Multiline", [r"train/grad_norm$"]],
         "learning rate": ["Multiline", [r"train/learning_rate$"]],
         "epoch": ["Multiline", [r"train/epoch$"]],
@@ -46,7 +46,7 @@ CUSTOM_SCALARS = {
     "Data sets": {
         "share of the rows": ["Multiline", [r"train/row_share_.+$"]],
         "loss": ["Multiline", [_SET + r"loss$"]],
-        "loss at each width": ["Multiline", [_SET + r"loss@\d+$"]],
+        "loss at each width": ["Multiline", [_SET + r"loss@[a-z0-9@]+$"]],
         "trained temperature and bias": ["Multiline", [_SET + _LEARNED]],
         "balance of the experts": ["Multiline", [_SET + r"load_balancing_loss$"]],
         "accuracy within a batch": ["Multiline", [_SET + r"(in_batch_)?accuracy$"]],

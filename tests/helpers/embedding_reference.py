@@ -45,6 +45,7 @@ from tests.helpers.multi_vector_reference import TokenReference, add_token_modul
 from tests.helpers.pretend_ranks import run_on_pretend_ranks
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.sparse_reference import SparseReference, regularizer, save_sparse_model
+from tests.helpers.stored_reference import stored_similarities, sum_of_weights
 from tests.helpers.toys import MINI_EN, copy_tokenizer
 
 VOCABULARY = 30522
@@ -318,13 +319,20 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
         steps = load_steps(folder / case.model) if case.dense else []
         query, document, positive = _embed_rows(model, routers, records, tokenizer, POOLINGS[case.kind], steps)
         logits = query @ document.T / rows.temperature
-    if rows.masked:
-        excluded = excluded_pairs(records)
-        assert 0.01 < float(excluded.double().mean()) < 0.5
-        logits = logits.masked_fill(excluded, -math.inf)
+    excluded = excluded_pairs(records) if rows.masked else torch.zeros_like(logits, dtype=torch.bool)
+    assert not rows.masked or 0.01 < float(excluded.double().mean()) < 0.5
     pools = pools_of(case, micro_batches, records)
-    losses = [torch.nn.functional.cross_entropy(logits[queries][:, documents], torch.searchsorted(documents, positive[
-        queries]), reduction="sum") for queries, documents in pools]
+
+    def loss_of(chosen: torch.Tensor, queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        masked = chosen.masked_fill(excluded[queries][:, documents], -math.inf)
+        return torch.nn.functional.cross_entropy(masked, torch.searchsorted(documents, positive[queries]),
+                                                 reduction="sum")
+
+    if case.stored:
+        losses = [weight * loss_of(similarity / rows.temperature, *pool) for pool in pools
+                  for similarity, weight in stored_similarities(query[pool[0]], document[pool[1]], case.stored)]
+    else:
+        losses = [loss_of(logits[queries][:, documents], queries, documents) for queries, documents in pools]
     loss = torch.stack(losses).sum() / len(records)
     total = loss = loss + regularizers
     if case.aux:
@@ -332,6 +340,7 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
                                                   model.config)
     total.backward()
     highest = sum(len(queries) * math.log(len(documents)) for queries, documents in pools) / len(records)
+    highest *= sum_of_weights(case.stored) if case.stored else 1.0
     assert 0.3 < float((loss - regularizers).detach()) < highest, f"{case.reference}: loss {float(loss.detach())}"
     gradients = folder / f"gradients-{case.reference}"
     norm = (save_adapter_gradients(model, folder / f"{case.model}-lora", gradients) if case.adapters else

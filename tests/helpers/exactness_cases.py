@@ -15,7 +15,7 @@ from megatron_embed.config.schema import (
     TrainFile,
     TrainingConfig,
 )
-from megatron_embed.names import Pooling
+from megatron_embed.names import Pooling, Precision
 
 BOUND = 1e-5
 LOSS_BOUND = 2e-6
@@ -88,6 +88,21 @@ class Layout:
         return name if self.sequence_parallel or self.tp == 1 else f"{name} without SP"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Widths and precisions of a loss, with their weights."""
+
+    dims: tuple[int, ...]
+    precisions: tuple[Precision, ...]
+    weights: tuple[float, ...]
+    """Of the precisions."""
+
+
+STORED = {"int8": Stored(dims=(30,), precisions=("float32", "int8"), weights=(1.0, 0.5)),
+          "binary": Stored(dims=(), precisions=("float32", "binary"), weights=(1.0, 0.5)),
+          "all-widths": Stored(dims=(18, 11), precisions=("float32", "int8", "binary"), weights=(1.0, 0.5, 0.7))}
+"""By name; at these widths no component of the rows lies close to the end of its step."""
+
 Sabotage = Literal["factor", "group", "order", "mask"]
 
 
@@ -127,6 +142,8 @@ class Case:
     """Of a multi-vector model."""
     sparse: str = ""
     """A sparse model, by its name in sparse_reference.SPARSE; empty: it is none."""
+    stored: str = ""
+    """Precisions of the loss, by their name in STORED; empty: float32 alone."""
 
     @property
     def model(self) -> str:
@@ -140,6 +157,7 @@ class Case:
     def reference(self) -> str:
         """Name of the reference; only the auxiliary loss and negatives of a micro-batch depend on the micro-batches."""
         name = f"{self.kind}-{self.rows}{'-lora' if self.adapters else ''}{self.dense and '-'}{self.dense}"
+        name += f"-{self.stored}" if self.stored else ""
         if self.multi:
             name += f"-{self.multi}-{self.loss}"
         name += f"-sparse-{self.sparse}" if self.sparse else ""
@@ -159,6 +177,7 @@ class Case:
         words += [f"vectors {self.multi}"] if self.multi else []
         words += [f"sparse {self.sparse}"] if self.sparse else []
         words += [self.loss] if self.loss != "info_nce" else []
+        words += [f"stored as {self.stored}"] if self.stored else []
         words += ["overlapped"] if self.overlap else []
         words += ["flash"] if self.kernel == "flash" else []
         words += [f"aux {self.aux:g}"] if self.aux else []
@@ -358,6 +377,22 @@ def sparse_cases() -> list[Case]:
     cases += [Case(kind="bert", layout=layout, micro_batches=2, sparse="l1", keep=1) for layout in (
         Layout(dp=2), Layout(tp=2, dp=2))]
     return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
+STORED_LAYOUTS = (Layout(), Layout(dp=2), Layout(dp=4), Layout(tp=2), Layout(pp=2), Layout(pp=2, vpp=2), Layout(cp=2),
+                  Layout(tp=2, dp=2), Layout(cp=2, dp=2), Layout(tp=2, pp=2))
+
+
+def stored_cases() -> list[Case]:
+    """Losses of rounded vectors: one pass and two, masks, token budgets, negatives of a micro-batch."""
+    names = tuple(STORED)
+    cases = [Case(kind=("bert", "qwen3")[(index + turn) % 2], layout=layout, stored=name,
+                  micro_batches=(1, 2, 4)[(index + turn) % 3] if layout.vpp == 1 else 4,
+                  distributed=(index + turn) % 2 == 0, rows="masked" if (index // 2 + turn) % 2 else "short")
+             for index, layout in enumerate(STORED_LAYOUTS)
+             for turn, name in enumerate((names[index % 3], names[(index + 1) % 3]))]
+    cases += [Case(kind="bert", layout=Layout(dp=2), tokens=144, rows="masked", stored="all-widths", first_pass=2),
+              Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, negatives="micro_batch", stored="all-widths"),
+              Case(kind="qwen3", layout=Layout(tp=2, dp=2), micro_batches=2, stored="binary", keep=1)]
+    return sorted(cases, key=lambda case: STORED_LAYOUTS.index(case.layout))
 
 
 FLASH_LAYOUTS = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2),
@@ -404,7 +439,18 @@ def objective_of(case: Case) -> ObjectiveConfig:
     temperature = MULTI_VECTOR_TEMPERATURE if case.multi else rows.temperature
     if case.loss == "kl_distillation":
         return ObjectiveConfig(loss=case.loss, temperature=temperature, teacher_temperature=1.0)
-    return ObjectiveConfig(temperature=temperature, negatives=case.negatives, mask_duplicates=rows.masked)
+    return ObjectiveConfig(temperature=temperature, negatives=case.negatives, mask_duplicates=rows.masked,
+                           precision_weights=STORED[case.stored].weights if case.stored else ())
+
+
+def embedding_of(case: Case) -> EmbeddingConfig:
+    """The vectors of a case."""
+    if case.multi:
+        return EmbeddingConfig()
+    if not case.stored:
+        return EmbeddingConfig(pooling=POOLINGS[case.kind])
+    stored = STORED[case.stored]
+    return EmbeddingConfig(pooling=POOLINGS[case.kind], matryoshka_dims=stored.dims, precision=stored.precisions)
 
 
 def embedding_of(case: Case) -> EmbeddingConfig:

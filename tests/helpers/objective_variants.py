@@ -40,12 +40,13 @@ def batch_of_rank(rank, ragged, num_positives=1):
     return embeddings, batch
 
 
-def config_of(objective=None, data=None, dims=()):
+def config_of(objective=None, data=None, dims=(), precision=("float32",)):
     return RunConfig(model=ModelConfig(path="none"), objective=ObjectiveConfig(**objective or {}),
-                     data=DataConfig(**data or {}), embedding=EmbeddingConfig(matryoshka_dims=dims))
+                     data=DataConfig(**data or {}),
+                     embedding=EmbeddingConfig(matryoshka_dims=dims, precision=precision))
 
 ALL = ("query_to_document", "query_to_query", "document_to_document", "document_to_query")
-VARIANTS = [({"temperature": 0.1, **objective}, data, dims) for objective, data, dims in [
+VARIANTS = [({"temperature": 0.1, **objective}, *others) for objective, *others in [
     ({"directions": ALL, "mask_duplicates": True, "hard_negatives": "private"}, {}, ()),
     ({"directions": ALL, "mask_margin": 0.1}, {"num_positives": 2}, (7, 4)),
     ({"directions": ("query_to_document", "document_to_query"), "partition": "per_direction"}, {}, (5, 2)),
@@ -53,7 +54,11 @@ VARIANTS = [({"temperature": 0.1, **objective}, data, dims) for objective, data,
     ({"hardness": "hard_negatives", "hardness_strength": 5.0, "matryoshka_weights": (1.0, 0.3)}, {}, (7, 3)),
     ({"directions": ("query_to_document", "query_to_query")},
      {"train": (TrainFile(path="x", in_batch_negatives=False),), "num_negatives": 3}, ()),
-    ({"loss": "sigmoid", "bias": -3.0, "mask_duplicates": True, "hard_negatives": "private"}, {}, (7, 3))]]
+    ({"loss": "sigmoid", "bias": -3.0, "mask_duplicates": True, "hard_negatives": "private"}, {}, (7, 3)),
+    ({"directions": ALL, "mask_duplicates": True, "precision_weights": (1.0, 0.5, 0.7)}, {"num_positives": 2}, (),
+     ("float32", "int8", "binary")),
+    ({"mask_margin": 0.1, "matryoshka_weights": (1.0, 0.3)}, {}, (7, 3), ("binary", "int8")),
+    ({"loss": "sigmoid", "bias": -3.0}, {}, (), ("binary",))]]
 
 def variant_batch(rank, variant):
     """The same rows, every other query alone where some data set is."""

@@ -149,11 +149,12 @@ def run_config(directory: str, *, parallel: dict[str, Any] | None = None, traini
                objective: dict[str, Any] | None = None, pooling: str = "mean", normalize: bool = True,
                bidirectional: bool = False, dtype: str = "float32", distributed: bool = True,
                matryoshka_dims: tuple[int, ...] = (), data: dict[str, Any] | None = None,
-               lora: dict[str, Any] | None = None) -> RunConfig:
+               lora: dict[str, Any] | None = None, precision: tuple[str, ...] = ("float32",)) -> RunConfig:
     """A configuration; float32 and mean pooling unless said otherwise."""
     return RunConfig(
         model=ModelConfig(path=directory, dtype=dtype, bidirectional=bidirectional),
-        embedding=EmbeddingConfig(pooling=pooling, normalize=normalize, matryoshka_dims=matryoshka_dims),
+        embedding=EmbeddingConfig(pooling=pooling, normalize=normalize, matryoshka_dims=matryoshka_dims,
+                                  precision=precision),
         objective=ObjectiveConfig(**objective or {}), data=DataConfig(**data or {}),
         parallel=ParallelConfig(**parallel or {}), training=TrainingConfig(**training or {}),
         optimizer=OptimizerConfig(distributed=distributed), lora=LoraConfig(**lora or {}))

@@ -22,6 +22,7 @@ from tests.helpers.exactness_cases import (
     head_flash_cases,
     multi_vector_cases,
     sparse_cases,
+    stored_cases,
 )
 from tests.helpers.pretend_ranks import shutdown_pretend_ranks
 from tests.pretend_cuda.build import reason_against
@@ -98,6 +99,12 @@ def test_gradients_of_a_vector_per_token_equal_one_process(oracle, cases):
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", by_layout(sparse_cases()), ids=lambda cases: str(cases[0].layout))
 def test_gradients_of_sparse_vectors_equal_one_process(oracle, cases):
+    check(oracle, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(stored_cases()), ids=lambda cases: str(cases[0].layout))
+def test_gradients_of_rounded_vectors_equal_one_process(oracle, cases):
     check(oracle, cases)
 
 
