@@ -21,6 +21,7 @@ from tests.helpers.exactness_cases import (
     head_cases,
     head_flash_cases,
     multi_vector_cases,
+    other_model_cases,
 )
 from tests.helpers.pretend_ranks import shutdown_pretend_ranks
 from tests.pretend_cuda.build import reason_against
@@ -91,6 +92,12 @@ def test_gradients_of_context_parallelism_by_heads_equal_one_process(oracle, cas
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", by_layout(multi_vector_cases()), ids=lambda cases: str(cases[0].layout))
 def test_gradients_of_a_vector_per_token_equal_one_process(oracle, cases):
+    check(oracle, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(other_model_cases()), ids=lambda cases: str(cases[0].layout))
+def test_gradients_with_vectors_by_other_models_equal_one_process(oracle, cases):
     check(oracle, cases)
 
 
