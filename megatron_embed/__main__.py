@@ -26,6 +26,7 @@ from megatron_embed.cli import (
     evaluate,
     init,
     merge,
+    migrate,
     mine,
     plan,
     search,
@@ -42,10 +43,10 @@ from megatron_embed.platform.terminal_text import one_line, printable, setup_log
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
 COMMANDS = {"init": init, "train": train, "convert": convert, "encode": encode, "evaluate": evaluate,
-            "search": search, "mine": mine, "merge": merge, "serve": serve, "data": data, "plan": plan,
-            "audit": audit, "doctor": doctor, "completion": completion}
+            "search": search, "mine": mine, "merge": merge, "migrate": migrate, "serve": serve, "data": data,
+            "plan": plan, "audit": audit, "doctor": doctor, "completion": completion}
 
-MULTI_RANK_COMMANDS = ("train", "encode", "evaluate", "mine", "audit")
+MULTI_RANK_COMMANDS = ("train", "encode", "evaluate", "mine", "migrate", "audit")
 """Commands whose ranks work together; a rank that fails before the rendezvous tells the others."""
 
 SINGLE_PROCESS_COMMANDS = ("init", "convert", "merge", "search", "serve", "data", "plan", "completion")

@@ -114,6 +114,8 @@ class EmbedBatch(StepBatch):
     """[num_documents] float64, a teacher's score of each document for its query; None: the rows have none."""
     vector_counts: Tensor | None = None
     """[num_rows] int64, vectors of each row of a multi-vector model, the queries' first; None: one each."""
+    embeds_documents: bool = True
+    """False: the micro-batches hold the queries alone, since the documents have vectors already."""
     capacity: Capacity
     """Capacity of the whole batch."""
     micro_capacity: Capacity

@@ -108,6 +108,14 @@ MergeMethod = Literal["linear", "slerp", "multi_slerp", "task_arithmetic"]
 """How `merge` computes the weights of one model from those of several."""
 MERGE_METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 
+TeacherDistance = Literal["cosine", "mse", "l2"]
+"""How far a vector is from a teacher's, in Sentence Transformers' words."""
+
+MapKind = Literal["orthogonal", "affine", "mlp"]
+"""Kinds of maps from an old model's vectors to a new one's: a rotation, a linear map with an offset, or these and a
+layer of hidden units besides."""
+MAP_KINDS: tuple[MapKind, ...] = get_args(MapKind)
+
 ExportFormat = Literal["hf", "sentence-transformers", "pylate", "cross-encoder", "peft", "onnx", "openvino", "gguf"]
 """Formats that `convert megatron-to-hf` writes."""
 

@@ -49,7 +49,7 @@ THIRD_PARTY = {
     "checkpoint": {"torch", "numpy"},
     "convert": {"torch", "numpy", "safetensors", "transformers", "tqdm", "psutil", "xxhash"},
     "objectives": {"torch"},
-    "evaluation": {"torch", "numpy", "pytrec_eval", "scipy", "tqdm", "mteb", "faiss"},
+    "evaluation": {"torch", "numpy", "pytrec_eval", "scipy", "safetensors", "tqdm", "mteb", "faiss"},
     "mining": {"torch", "numpy", "bm25s", "tqdm"},
     "planning": set(),
     "init": {"yaml"},

@@ -15,6 +15,7 @@ from megatron_embed.batch import EmbedBatch, RerankBatch
 from megatron_embed.config.objective import CONTRASTIVE, LABELLED_PAIRS
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.objectives.base import LossGradient, Objective, Sums, configured_dims
+from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.parallel.collectives import gather_objects
 from megatron_embed.parallel.topology import Topology
 
@@ -31,7 +32,8 @@ class PlainObjective(Objective[AnyBatch]):
     Attributes:
         variation: what is computed otherwise than configured.
         masked: of the last whole batch, see PlainContrastive.
-        is_plain: False for a vector per token and for sparse vectors, whose loss is that of training.
+        is_plain: False for vectors per token, sparse vectors and vectors by other models, whose loss is that of
+            training.
         kept: a list that every call adds its embeddings to; None: they are not kept.
 
     Args:
@@ -44,7 +46,10 @@ class PlainObjective(Objective[AnyBatch]):
         self.kept: list[list[Part]] | None = None
         self.masked: dict[int, tuple[int, list[int]]] = {}
         self._config, self._group, self._inner = config, topology.dp_group, inner
-        self.is_plain = config.task == "reranker" or config.embedding.head not in ("multi_vector", "sparse")
+        objective = config.objective
+        others = (objective.compatible_with, objective.guide_model, objective.teacher_model)
+        self.is_plain = config.task == "reranker" or not (
+            config.embedding.head in ("multi_vector", "sparse") or config.training.query_side_only or any(others))
 
     def total(self, batch: AnyBatch) -> float:
         return self._inner.total(batch)
@@ -63,7 +68,7 @@ class PlainObjective(Objective[AnyBatch]):
         query = torch.cat([part.query for part in parts]).requires_grad_()
         document = torch.cat([part.document for part in parts]).requires_grad_()
         values_of, loss = self._values(self.variation)
-        leaves = [] if loss is None or self.learned is None else [
+        leaves = [] if loss is None or self._scale is None else [
             leaf for leaf in (loss.log_scale, loss.bias) if leaf is not None]
         whole = joined(parts)
         with torch.enable_grad():
@@ -72,7 +77,7 @@ class PlainObjective(Objective[AnyBatch]):
             values = values_of(query, document, whole)
             total_loss = values["loss"][0] + 0.0 * (query.sum() + document.sum())  # which may have no term
             of_query, of_document, *of_leaves = torch.autograd.grad(total_loss, [query, document, *leaves])
-        if loss is not None and self.learned is not None:
+        if loss is not None and self._scale is not None:
             values |= _learned_values(loss, [float(gradient) for gradient in of_leaves], len(query))
         self.masked = {} if loss is None or not self.couples_batch else loss.masked
         scaled, rank = factors(self.variation, whole), self._group.rank()
@@ -107,7 +112,7 @@ class PlainObjective(Objective[AnyBatch]):
         weights = weights[:1] if variation.first_dimension_only else weights
         unit_length = config.embedding.unit_length
         if objective.loss in CONTRASTIVE:
-            temperature = objective.temperature if self.learned is None else self.learned.temperature
+            temperature = objective.temperature if self._scale is None else self._scale.temperature
             loss = PlainContrastive(objective, weights, normalize=unit_length, variation=variation,
                                     temperature=temperature, bias=self._bias)
             return loss.values, loss
@@ -119,7 +124,12 @@ class PlainObjective(Objective[AnyBatch]):
     def _bias(self) -> float | None:
         if self._config.objective.loss != "sigmoid":
             return None
-        return self._config.objective.bias if self.learned is None else self.learned.bias
+        return self._config.objective.bias if self._scale is None else self._scale.bias
+
+    @property
+    def _scale(self) -> LearnedScale | None:
+        """The trained temperature."""
+        return self.learned if isinstance(self.learned, LearnedScale) else None
 
 
 def _learned_values(loss: PlainContrastive, gradients: list[float], queries: int) -> dict[str, Tensor]:

@@ -212,7 +212,7 @@ def opened(config: RunConfig, checkpoint: Path | None, start: Start) -> Iterator
     topology = start(config.parallel)
     inputs.task.config = resolve_cpu_matmul(inputs.config, inputs.task.model.shape)
     config, task = inputs.config, inputs.task
-    inner = task.build_objective(topology)
+    inner = task.build_objective(inputs, topology)
     objective = PlainObjective(config, topology, inner)
     wrapped, state = build_training_state(inputs, topology, objective.learned)
     models = state.models

@@ -18,7 +18,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.file_checks import check_files
 from megatron_embed.models.lora_settings import is_adapter
-from megatron_embed.objectives.learned_scale import LearnedScale
+from megatron_embed.objectives.base import Learned
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
 
@@ -39,7 +39,7 @@ class TrainingState:
     models: Sequence[EmbeddingModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    learned: LearnedScale | None = None
+    learned: Learned | None = None
     """Numbers of the loss that are trained; None: none."""
 
 
@@ -99,8 +99,9 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     state.scheduler.load_state_dict(loaded["scheduler"])
     if state.learned is not None:
         if "learned" not in loaded:
-            raise CheckpointError(f"{checkpoint}: holds no learned temperature, so the run began without "
-                                  "objective.learnable_temperature; set it to false, or start a new run")
+            raise CheckpointError(f"{checkpoint}: holds no learned temperature or projection, so the run began without "
+                                  "objective.learnable_temperature or teacher_projection; set it to false, or start a "
+                                  "new run")
         state.learned.load_state_dict(loaded["learned"])
     return step
 

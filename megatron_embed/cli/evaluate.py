@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="Exit with code 2 if this metric is below the value, after printing all of them; may be "
                              "given several times. Also 'METRIC>=VALUE', in quotes")
     add_given_vectors(parser, "the folder's corpus.jsonl")
+    parser.add_argument("--documents-from", metavar="OLD", type=path,
+                        help="Search with the model's queries over the documents of another model, its directory or "
+                             "the vectors of corpus.jsonl that it gave: what an index that is kept would find")
+    parser.add_argument("--map", metavar="MAP", type=path,
+                        help="With --documents-from: map these vectors to the model's first (see migrate)")
     add_prompt_arguments(parser)
     add_encoding_arguments(parser)
 
@@ -102,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage, "
                           "--precision rescore or --reranker", key="--candidates")
     check_vector_options(args)
+    check_other_documents(args)
     if args.reranker_weight and args.reranker is None:
         raise ConfigError(f"--reranker-weight {','.join(map(str, args.reranker_weight))}: has no effect without "
                           "--reranker; add that, or leave it out", key="--reranker-weight")
@@ -114,3 +120,13 @@ def run(args: argparse.Namespace) -> int:
     if missed and rank == 0:
         write_error(f"--require: {'; '.join(missed)}")
     return 2 if missed else 0
+
+
+def check_other_documents(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options of another model's documents that do not go together."""
+    if args.map is not None and args.documents_from is None:
+        raise ConfigError(f"--map {args.map}: maps the vectors of --documents-from; add that, or leave it out",
+                          key="--map")
+    if args.documents_from is not None and args.vectors is not None:
+        raise ConfigError(f"--documents-from {args.documents_from}: --vectors names the documents' vectors too; keep "
+                          "one of them", key="--documents-from")

@@ -157,6 +157,11 @@ def _with_home(config: RunConfig) -> RunConfig:
     return replace(
         config, model=replace(config.model, path=os.path.expanduser(config.model.path)),
         data=replace(config.data, train=train, validation=validation),
+        objective=replace(config.objective, compatible_with=home(config.objective.compatible_with),
+                          compatible_texts=home(config.objective.compatible_texts),
+                          guide_model=home(config.objective.guide_model),
+                          teacher_model=home(config.objective.teacher_model),
+                          vector_cache=home(config.objective.vector_cache)),
         checkpoint=replace(config.checkpoint, directory=home(config.checkpoint.directory),
                            export_at_end=home(config.checkpoint.export_at_end)),
         evaluation=replace(config.evaluation, retrieval=sets(config.evaluation.retrieval),

@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_embed.config.require import require
-from megatron_embed.names import Direction, Hardness, Regularizer
+from megatron_embed.names import Direction, Hardness, Regularizer, TeacherDistance
 
 Loss = Literal["info_nce", "sigmoid", "cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle",
-               "triplet", "margin_mse", "kl_distillation", "pointwise", "listwise", "margin_ranking", "ranknet",
-               "lambda_loss"]
+               "triplet", "margin_mse", "kl_distillation", "embedding_distillation", "pointwise", "listwise",
+               "margin_ranking", "ranknet", "lambda_loss"]
 
 CONTRASTIVE = ("info_nce", "sigmoid")
 """Losses of queries against all documents."""
 LABELLED_PAIRS = ("cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle")
 """Losses of pairs with a score."""
+DISTILLED_VECTORS = "embedding_distillation"
+"""The loss whose target are a teacher's vectors."""
 WITH_HARD_NEGATIVES = ("triplet", "margin_mse", "kl_distillation")
 """Losses of a query with its own positive and hard negatives."""
 MULTI_VECTOR_LOSSES = ("info_nce", "margin_mse", "kl_distillation")
@@ -24,7 +26,7 @@ REGULARIZERS = ("query_regularizer", "query_regularizer_weight", "document_regul
 """Settings of the terms that keep the vectors of a sparse model sparse."""
 QUERY_REGULARIZER_WEIGHT, DOCUMENT_REGULARIZER_WEIGHT = 5e-5, 3e-5
 """Those of Sentence Transformers' examples."""
-EMBEDDING_LOSSES = CONTRASTIVE + LABELLED_PAIRS + WITH_HARD_NEGATIVES
+EMBEDDING_LOSSES = (*CONTRASTIVE, *LABELLED_PAIRS, *WITH_HARD_NEGATIVES, DISTILLED_VECTORS)
 """Values of `objective.loss` for `task: embedding`."""
 RERANK_LOSSES = ("pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss", "kl_distillation")
 """Values of `objective.loss` for `task: reranker`, over the documents of each query."""
@@ -36,7 +38,10 @@ _TAKEN_BY = {
     "mask_margin": CONTRASTIVE, "mask_margin_type": CONTRASTIVE, "directions": ("info_nce",),
     "partition": ("info_nce",), "hardness": ("info_nce",), "hardness_strength": ("info_nce",), "bias": ("sigmoid",),
     "learnable_temperature": CONTRASTIVE, "temperature_learning_rate": CONTRASTIVE,
-    "margin": ("contrastive", "online_contrastive", "triplet"), "teacher_temperature": ("kl_distillation",)}
+    "margin": ("contrastive", "online_contrastive", "triplet"), "teacher_temperature": ("kl_distillation",),
+    "compatible_with": CONTRASTIVE, "compatible_weight": CONTRASTIVE, "compatible_texts": CONTRASTIVE,
+    "guide_model": CONTRASTIVE, "teacher_model": (DISTILLED_VECTORS,), "teacher_distance": (DISTILLED_VECTORS,),
+    "teacher_projection": (DISTILLED_VECTORS,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +72,14 @@ class ObjectiveConfig:
     positive, anywhere in the global batch (with negatives: micro_batch, in the micro-batches that are computed
     together). The same applies to queries that share a positive, in the directions to queries."""
     mask_margin: float | None = None
-    """Candidates that are more similar than the positive by more than this are not negatives; null: off.
-    Qwen3-Embedding: 0.1. Negative values also exclude candidates that are slightly less similar."""
+    """Candidates that are more similar than the positive by more than this are not negatives; null: off, or 0 with a
+    guide_model. Qwen3-Embedding: 0.1. Negative values also exclude candidates that are slightly less similar."""
     mask_margin_type: Literal["absolute", "relative"] = "absolute"
     """absolute: similarity > positive + mask_margin. relative: similarity > positive + mask_margin * |positive|."""
+    guide_model: str | None = None
+    """Model directory whose vectors' similarities decide what mask_margin excludes, in place of those of the model in
+    training (GISTEmbed, Solatorio 2024, arXiv:2402.16829). It embeds the rows' texts once, before the first step.
+    null: none."""
     hardness: Hardness | None = None
     """Negatives that are weighted by their similarity: hardness_strength * similarity, without gradient, is added to
     their logits. in_batch_negatives: documents of other queries. hard_negatives: a query's own. null: none."""
@@ -103,6 +112,30 @@ class ObjectiveConfig:
     precision_weights: tuple[float, ...] = ()
     """Weights of the loss at each of embedding.precision, in their order, times that of the dimension; empty: 1
     each."""
+    teacher_model: str | None = None
+    """Model directory whose vectors embedding_distillation brings the model's vectors close to. It embeds the rows'
+    texts once, before the first step."""
+    teacher_distance: TeacherDistance = "cosine"
+    """Distance of a text's vector to the teacher's in embedding_distillation. cosine: 1 - cosine. mse: mean over the
+    components of the squared difference. l2: Euclidean."""
+    teacher_projection: bool = False
+    """True: a linear layer with bias, from the model's vectors to the teacher's width, is trained with the model and
+    stands between the two; exports do not contain it."""
+    compatible_with: str | None = None
+    """Model directory or vectors of the index that is to be kept: the loss of the queries against these documents'
+    vectors, which stay as they are, is added to that against the documents as the model in training embeds them
+    (backward-compatible training, Shen et al. 2020, arXiv:2003.11942). A model embeds the rows' documents once, before
+    the first step; vectors are a directory or .npy file that `encode` has written. Both have the model's width. null:
+    off."""
+    compatible_weight: float = 1.0
+    """Weight of that loss, > 0."""
+    compatible_texts: str | None = None
+    """File of texts that the vectors of compatible_with are of, in its order. null: the one that their vectors.json
+    names."""
+    vector_cache: str | None = None
+    """Directory of the vectors that other models give the rows' texts, which later runs with the same texts and weights
+    read; all ranks must see it. null: megatron_embed/vectors in the user's cache directory (XDG_CACHE_HOME,
+    ~/.cache)."""
 
     @property
     def rows(self) -> Literal["contrastive", "pairs"]:
@@ -152,6 +185,9 @@ class ObjectiveConfig:
         for key in ("query_regularizer_weight", "document_regularizer_weight", "regularizer_warmup_steps"):
             value = values[key]
             require(value is None or value >= 0, f"objective.{key}", value, "must be >= 0")
+        self._check_compatible()
+        require((self.loss == DISTILLED_VECTORS) == (self.teacher_model is not None), "objective.teacher_model",
+                self.teacher_model, f"must name the teacher's directory with loss = {DISTILLED_VECTORS!r}")
         require(self.margin is None or self.margin >= 0, "objective.margin", self.margin, "must be >= 0 or null")
         for key in ("matryoshka_weights", "precision_weights"):
             require(all(weight > 0 for weight in values[key]), f"objective.{key}", list(values[key]),
@@ -165,6 +201,13 @@ class ObjectiveConfig:
         require(not self.learnable_temperature or self.loss == "sigmoid" or self.temperature >= SMALLEST_LEARNED,
                 "objective.temperature", self.temperature, f"must be >= {SMALLEST_LEARNED} if it is learned, "
                 "the lower bound of learning (as in CLIP)")
+
+    def _check_compatible(self) -> None:
+        old, weight, texts = self.compatible_with, self.compatible_weight, self.compatible_texts
+        require(weight > 0, "objective.compatible_weight", weight, "must be > 0")
+        for key, value, default in (("compatible_weight", weight, 1.0), ("compatible_texts", texts, None)):
+            require(old is not None or value == default, f"objective.{key}", value,
+                    "has no effect without objective.compatible_with; set that, or remove it")
 
     def _check_contrast(self) -> None:
         directions = self.directions

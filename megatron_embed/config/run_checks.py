@@ -226,3 +226,36 @@ def check_score_temperature(config: "RunConfig") -> None:
     what = "dot products are sums over tokens" if head == "sparse" else "MaxSim is a sum over the vectors of a query"
     require(objective.temperature >= LEAST_TEMPERATURE, "objective.temperature", objective.temperature,
             f"must be >= {LEAST_TEMPERATURE} with embedding.head: {head}, whose {what}; usual: 1")
+
+
+def check_other_models(config: "RunConfig") -> None:
+    """Refuse settings that do not go with documents' vectors of another model."""
+    objective, query_side = config.objective, config.training.query_side_only
+    old = objective.compatible_with
+    others = {"objective.compatible_with": old, "objective.guide_model": objective.guide_model,
+              "training.query_side_only": query_side or None, "objective.teacher_model": objective.teacher_model}
+    require(objective.vector_cache is None or any(others.values()), "objective.vector_cache", objective.vector_cache,
+            f"no other model embeds texts ({', '.join(others)}); remove it")
+    if config.embedding.head in ("multi_vector", "sparse"):
+        rule = f"this needs one dense vector for each text (embedding.head: {config.embedding.head}); remove it"
+        for name, value in others.items():
+            require(value is None, name, value, rule)
+    dims = config.embedding.matryoshka_dims
+    require(not dims or objective.teacher_model is None, "embedding.matryoshka_dims", list(dims), "a teacher's vectors "
+            "have all their dimensions; remove it, or train them with info_nce afterwards")
+    if not query_side:
+        return
+    key = "training.query_side_only"
+    require(objective.loss in CONTRASTIVE, key, True, f"objective.loss = {objective.loss!r} trains documents too; "
+            f"choose one of {', '.join(CONTRASTIVE)}, or set this to false")
+    require(objective.negatives == "global_batch", "objective.negatives", objective.negatives,
+            "with training.query_side_only documents cost no computation; set it to global_batch")
+    require(objective.compatible_weight == 1, "objective.compatible_weight", objective.compatible_weight,
+            "has no effect with training.query_side_only, which has that loss alone; remove it")
+    for name in ("sts", "reranking"):
+        sets: tuple[object, ...] = vars(config.evaluation)[name]
+        require(not sets, f"evaluation.{name}", [str(item) for item in sets], "with training.query_side_only documents "
+                "come from the index, which has none of these texts; remove it, or evaluate the export")
+    of_documents = [direction for direction in objective.directions if direction.startswith("document")]
+    require(not of_documents, "objective.directions", list(objective.directions), "with training.query_side_only "
+            "documents are not trained, so only query_to_document and query_to_query have an effect; remove the others")

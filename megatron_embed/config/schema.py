@@ -18,6 +18,7 @@ from megatron_embed.config.run_checks import (
     check_first_pass,
     check_head,
     check_kept_activations,
+    check_other_models,
     check_quantization,
     check_reranker_run,
     check_transformer_engine,
@@ -223,6 +224,9 @@ class TrainingConfig:
     max_skipped_steps: int = 10
     """Number of consecutive steps without a finite loss and gradient that are skipped and counted, leaving the
     parameters unchanged; one more ends the run. 0: the first one does."""
+    query_side_only: bool = False
+    """True: only queries pass through the model in training, and their documents keep the vectors that model.path (or
+    objective.compatible_with) gives them. The trained model is for queries alone, and the index stays as it is."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, selective (core attention), full (every layer)."""
     seed: int = 1234
@@ -394,6 +398,7 @@ class RunConfig:
         check_quantization(self)
         check_head(self)
         check_dims_and_precisions(self)
+        check_other_models(self)
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
                                          in_batch=self.data.all_in_batch)

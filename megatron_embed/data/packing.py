@@ -49,6 +49,8 @@ class DocumentsPerQuery:
     """At most this many positives of a row are kept in `positive_ids`; the same on all ranks."""
     seed: int | None = None
     """For sampling the documents, each step again, from seed, step and row alone; None: the first ones of the row."""
+    embedded: bool = True
+    """False: the model embeds queries alone; the documents have vectors already."""
 
 
 def round_up(tokens: int, multiple: int) -> int:
@@ -135,10 +137,11 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
     first = np.cumsum(sizes) - sizes
     document_query = np.repeat(np.arange(len(records)), sizes)
     query_tokens = _tokenize_queries(records, tokenizer)
-    document_tokens = _tokenize_documents(texts, [records[query] for query in document_query.tolist()], tokenizer)
+    owners = [records[query] for query in document_query.tolist()] if documents.embedded else []
+    document_tokens = _tokenize_documents(texts[: len(owners)], owners, tokenizer)
     token_ids = query_tokens.token_ids + document_tokens.token_ids
     vectors = RowVectors.of(query_tokens, document_tokens)
-    bins = _bins([len(ids) for ids in token_ids], sizes, packing)
+    bins = _bins([len(ids) for ids in token_ids], sizes * documents.embedded, packing)
     most_queries = max(sum(row < len(records) for row in rows) for rows in bins)
     positives = [record.positive[: documents.most_positives] for record in records]
     return EmbedBatch(
@@ -148,8 +151,7 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
         num_queries=len(records), num_documents=len(texts), positive_index=torch.from_numpy(first),
         is_positive=torch.tensor([index < len(record.positive[: documents.positives])
                                   for record, size in zip(records, sizes, strict=True) for index in range(size)]),
-        document_query=torch.from_numpy(document_query),
-        in_batch=in_batch,
+        document_query=torch.from_numpy(document_query), in_batch=in_batch, embeds_documents=documents.embedded,
         scores=_flat([(record.score,) if record.score is not None else None for record in records]),
         teacher_scores=_flat([_teacher_scores(record, documents) for record in records]),
         # With its prompt: the same words under another instruction ask for other documents.

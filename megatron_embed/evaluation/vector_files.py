@@ -44,6 +44,11 @@ def load_faiss() -> ModuleType:
     return library
 
 
+def are_vectors(path: str) -> bool:
+    """Whether a path is of vectors that `encode` has written, and not of a model."""
+    return path.endswith(".npy") or (os.path.isdir(path) and any(Path(path).glob("*.npy")))
+
+
 class VectorFile:
     """The vectors of a .npy file or of all .npy files of a directory, in the order of their names, memory-mapped.
 

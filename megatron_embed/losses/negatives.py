@@ -156,3 +156,52 @@ def answered_queries(row_text: Tensor, row_query: Tensor, query_ids: Tensor, giv
         given: [pairs, 2] int64, hashes of a query's text and of a text given to it as positive.
     """
     return duplicate_mask(row_text, row_query, query_ids, given.flip(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedMask:
+    """The columns that a guide, another model, finds too similar to be negatives (GISTEmbed, Solatorio 2024,
+    arXiv:2402.16829).
+
+    A column is excluded if the guide's similarity to the row's anchor exceeds that of the row's query and its positive
+    by more than a margin; the row's positive itself, and its own query as a column of its positive, are not.
+    """
+
+    query: Tensor
+    """[rows, dim], the guide's vectors of the rows' queries; dot products are similarities."""
+    document: Tensor
+    """[candidates, dim]."""
+    queries: Tensor | None
+    """[queries, dim], of all ranks; needed by the directions to queries."""
+    positive_index: Tensor
+    """[rows] int64, column of each row's positive."""
+    query_index: Tensor
+    """[rows] int64, each row's own query in `queries`."""
+    directions: tuple[Direction, ...]
+    margin: float
+    relative: bool
+    """The margin is a share of the positive's similarity (its absolute value)."""
+
+    def tile(self, first: int, last: int) -> Tensor:
+        """[last - first, columns] bool."""
+        positives = self.positive_index[first:last]
+        anchors, parts = {"query": self.query[first:last], "document": self.document[positives]}, []
+        own = (anchors["query"] @ self.document.T).gather(1, positives[:, None])
+        highest = own + self.margin * (own.abs() if self.relative else 1.0)
+        for direction in self.directions:
+            anchor, _, column = direction.partition("_to_")
+            keys = self.document if column == "document" else self.queries
+            assert keys is not None, "directions to queries need the queries"
+            similar = anchors[anchor] @ keys.T > highest
+            if direction in ("query_to_document", "document_to_query"):
+                protected = positives if column == "document" else self.query_index[first:last]
+                similar.scatter_(1, protected[:, None], False)
+            parts.append(similar)
+        return torch.cat(parts, dim=1)
+
+
+def either(one: MaskTile | None, other: MaskTile | None) -> MaskTile | None:
+    """The mask of the columns that one of two masks excludes."""
+    if one is None or other is None:
+        return one or other
+    return lambda first, last: one(first, last) | other(first, last)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from megatron_embed.names import TeacherDistance
+
 
 def triplet(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float) -> Tensor:
     """[triplets] max(0, |anchor - positive| - |anchor - negative| + margin), Euclidean (Schroff et al. 2015,
@@ -25,6 +27,21 @@ def margin_mse(positive: Tensor, negative: Tensor, teacher_positive: Tensor, tea
         teacher_positive, teacher_negative: [negatives], the teacher's scores of the same.
     """
     return ((positive - negative) - (teacher_positive - teacher_negative)).square()
+
+
+def teacher_distance(student: Tensor, teacher: Tensor, kind: TeacherDistance) -> Tensor:
+    """[texts] distance of each vector to a teacher's: 1 - cosine, the mean over components of the squared difference
+    (Reimers and Gurevych 2020, arXiv:2004.09813), or Euclidean (EmbedDistill, Kim et al. 2023, arXiv:2301.12005).
+
+    Args:
+        student, teacher: [texts, dim].
+    """
+    if kind == "cosine":
+        return 1 - functional.cosine_similarity(student, teacher, dim=1)
+    if kind == "mse":
+        return (student - teacher).square().mean(dim=1)
+    distance: Tensor = torch.linalg.vector_norm(student - teacher, dim=1)
+    return distance
 
 
 def kl_distillation(student: Tensor, teacher: Tensor, valid: Tensor, temperature: float,

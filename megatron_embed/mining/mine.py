@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from megatron_embed.evaluation.encode import TextEncoder
     from megatron_embed.evaluation.given_vectors import GivenVectors
     from megatron_embed.evaluation.score import PairScorer
+    from megatron_embed.evaluation.vector_cache import VectorSource
     from megatron_embed.loading.model_directory import ModelDirectory
-    from megatron_embed.mining.cache import VectorSource
     from megatron_embed.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def _open_reranker(args: argparse.Namespace, job: MiningJob, start: Start,
 
 def _open_vector_source(args: argparse.Namespace, encoder: "TextEncoder", model: "ModelDirectory") -> "VectorSource":
     """The encoder, behind the cache if --cache names one. Called by all ranks."""
-    from megatron_embed.mining.cache import VectorCache, VectorSource, model_digest
+    from megatron_embed.evaluation.vector_cache import VectorCache, VectorSource, model_digest
     from megatron_embed.parallel.collectives import broadcast_from_rank0
 
     if args.cache is None:

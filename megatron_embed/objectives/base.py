@@ -11,9 +11,12 @@ from torch import Tensor
 from megatron_embed.batch import StepBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.losses.matryoshka import MatryoshkaDim, matryoshka_dims
+from megatron_embed.objectives.learned_projection import LearnedProjection
 from megatron_embed.objectives.learned_scale import LearnedScale
 
 Batch = TypeVar("Batch", bound=StepBatch)
+Learned = LearnedScale | LearnedProjection
+"""What an objective trains itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ class Objective(ABC, Generic[Batch]):
 
     names: tuple[str, ...]
     couples_batch: bool
-    learned: LearnedScale | None = None
+    learned: Learned | None = None
     step = 0
     """The optimizer step, from 0, on which schedules of the loss depend; set before each."""
 

@@ -13,10 +13,12 @@ from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, Info
 from megatron_embed.losses.matryoshka import MatryoshkaDim, Truncated, truncate
 from megatron_embed.losses.negatives import (
     DuplicateMask,
+    GuidedMask,
     IgnoredColumns,
     answered_queries,
     duplicate_mask,
     duplicates_over,
+    either,
 )
 from megatron_embed.losses.precision import as_stored
 from megatron_embed.names import Direction
@@ -28,6 +30,7 @@ from megatron_embed.objectives.base import (
     configured_dims,
     matryoshka_names,
 )
+from megatron_embed.objectives.fixed_vectors import FixedRows, FixedVectors
 from megatron_embed.objectives.gathering import (
     GatheredEmbeddings,
     GlobalBatchIds,
@@ -43,6 +46,22 @@ from megatron_embed.parallel.device_copy import copy_to_device
 NAMES = ("loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin", "masked_fraction",
          "negatives_per_query")
 """Metrics in the order of InfoNCESums."""
+COMPATIBLE_NAMES = ("compatible_loss", "compatible_accuracy")
+"""Further metrics of objective.compatible_with: of the queries against the vectors of the index."""
+
+
+def compatible_weight(config: RunConfig) -> float | None:
+    """Weight of the loss against the vectors of the index, beside the other one; None: without it."""
+    objective = config.objective
+    alone = objective.compatible_with is None or config.training.query_side_only
+    return None if alone else objective.compatible_weight
+
+
+def metric_names(config: RunConfig) -> tuple[str, ...]:
+    """The names of the metrics."""
+    learned = LearnedScale(config).names if config.objective.learnable_temperature else ()
+    compatible = () if compatible_weight(config) is None else COMPATIBLE_NAMES
+    return NAMES + matryoshka_names(configured_dims(config)) + compatible + learned
 
 
 class Contrastive(Objective[EmbedBatch]):
@@ -52,19 +71,26 @@ class Contrastive(Objective[EmbedBatch]):
 
     Args:
         dp_group: data-parallel ranks, without context parallelism.
+        fixed: vectors of the documents in the index that is to be kept, whose loss is added to that of the documents in
+            training or, with `training.query_side_only`, takes its place; and those of a guide.
     """
 
-    def __init__(self, config: RunConfig, dp_group: dist.ProcessGroup) -> None:
+    def __init__(self, config: RunConfig, dp_group: dist.ProcessGroup, fixed: FixedVectors | None = None) -> None:
         objective = config.objective
         self.learned = LearnedScale(config) if objective.learnable_temperature else None
         self.dims = configured_dims(config)
-        self.names = NAMES + matryoshka_names(self.dims) + (() if self.learned is None else self.learned.names)
+        self.fixed, self.query_side_only = fixed or FixedVectors(), config.training.query_side_only
+        self.compatible_weight = compatible_weight(config)
+        assert (self.query_side_only or self.compatible_weight is not None) == (self.fixed.old_document is not None)
+        self.names = metric_names(config)
         self.couples_batch = objective.couples_batch
         self.settings = ContrastiveSettings(
             temperature=objective.temperature, directions=objective.directions, joint=objective.partition == "joint",
-            mask_margin=objective.mask_margin, relative=objective.mask_margin_type == "relative",
+            mask_margin=None if objective.guide_model is not None else objective.mask_margin,
+            relative=objective.mask_margin_type == "relative",
             hardness=objective.hardness, hardness_strength=objective.hardness_strength,
             bias=objective.bias if objective.loss == "sigmoid" else None)
+        self.guide_margin = objective.mask_margin or 0.0
         self.normalize = config.embedding.unit_length
         self.mask_duplicates = objective.mask_duplicates
         self.private = objective.hard_negatives == "private"
@@ -90,18 +116,48 @@ class Contrastive(Objective[EmbedBatch]):
         hashes and documents' queries; sums), whatever the number of micro-batches, directions, dimensions and
         precisions.
         """
-        group, query, document = self.dp_group, embeddings[: batch.num_queries], embeddings[batch.num_queries :]
-        ids = gather_ids(batch, group, texts=self.mask_duplicates, document_queries=self.needs_document_queries)
-        columns = copy_to_device(self._columns(batch, ids), embeddings.device)
-        gathered = gather_embeddings(document, query if self.needs_queries else None, columns.padded, group)
+        query = embeddings[: batch.num_queries]
+        ids = gather_ids(batch, self.dp_group, texts=self.mask_duplicates, document_queries=self.needs_document_queries)
+        columns, fixed = copy_to_device((self._columns(batch, ids), self.fixed.rows_of(batch)), embeddings.device)
+        gathered, old, guided = self._gather(embeddings, batch, columns, fixed)
         losses = _LossOverDims(query=query, gathered=gathered, terms=columns.terms,
-                               columns=columns.candidates(self.settings.directions), settings=self.step_settings(),
+                               columns=columns.candidates(self.settings.directions, guided),
+                               settings=self.step_settings(),
                                total=total, normalize=self.normalize)
         for matryoshka in self.dims:
             losses.add(matryoshka)
-        gradient = losses.gradient()
-        sums = self._sums(losses.sums, losses.grad_scale, len(columns.terms.query), batch, total)
+        if old is not None and self.compatible_weight is not None:
+            losses.add_compatible(columns.candidates(("query_to_document",), guided), old, self.compatible_weight)
+        gradient = losses.gradient(with_documents=batch.embeds_documents)
+        sums = self._sums(losses.sums, losses.grad_scale, len(columns.terms.query), batch, total, losses.compatible)
         return LossGradient(sums=sums, embeddings=gradient)
+
+    def _gather(self, embeddings: Tensor, batch: EmbedBatch, columns: "_Columns",
+                fixed: FixedRows) -> tuple[GatheredEmbeddings, Tensor | None, GuidedMask | None]:
+        """(the embeddings that are columns, of all ranks, [candidates, dim] the documents in the index if theirs is a
+        loss of its own, the guide's mask): one all-gather, in which a text's vectors are one behind the other."""
+        query, document, old = embeddings[: batch.num_queries], embeddings[batch.num_queries :], fixed.old_document
+        if not batch.embeds_documents:
+            assert old is not None
+            document, old = old, None
+        documents = [part for part in (document, old, fixed.guide_document) if part is not None]
+        queries = [query]
+        if old is not None:
+            queries.append(query.new_zeros(len(query), old.shape[1]))  # the index holds no queries
+        if fixed.guide_query is not None:
+            queries.append(fixed.guide_query)
+        gathered = gather_embeddings(torch.cat(documents, dim=1),
+                                     torch.cat(queries, dim=1) if self.needs_queries else None, columns.padded,
+                                     self.dp_group)
+        own, *others = gathered.split([part.shape[1] for part in documents]) if len(documents) > 1 else [gathered]
+        guided = None
+        if fixed.guide_query is not None:
+            guide = others.pop()
+            guided = GuidedMask(
+                query=fixed.guide_query[columns.terms.query], document=guide.document, queries=guide.query,
+                positive_index=columns.terms.positive, query_index=columns.terms.query_index,
+                directions=self.settings.directions, margin=self.guide_margin, relative=self.settings.relative)
+        return own, others[0].document if others else None, guided
 
     def step_settings(self) -> ContrastiveSettings:
         """The settings, with the temperature and bias of this step."""
@@ -110,14 +166,18 @@ class Contrastive(Objective[EmbedBatch]):
         return dataclasses.replace(self.settings, temperature=self.learned.temperature, bias=self.learned.bias)
 
     def _sums(self, sums: Sequence[InfoNCESums], grad_scale: Sequence[Tensor], num_terms: int, batch: EmbedBatch,
-              total: float) -> Sums:
+              total: float, compatible: InfoNCESums | None = None) -> Sums:
         """The metrics over all ranks: one all-reduce.
 
         Args:
             sums: per dimension.
             grad_scale: per dimension [2] float64, weighted gradient with respect to log scale and bias.
+            compatible: of the queries against the vectors of the index, if theirs is a loss of its own.
         """
         parts = [combine_dims([_ratios(own, batch.num_queries, num_terms) for own in sums], self.dims)]
+        if compatible is not None and self.compatible_weight is not None:
+            parts.append(_ratios(compatible, batch.num_queries, num_terms)[: len(COMPATIBLE_NAMES)])
+            parts[0][0, 0] += parts[1][0, 0] * self.compatible_weight
         if self.learned is not None:
             # The gradient was divided by the terms of the whole batch, and metrics are means over queries.
             gradient = torch.stack(list(grad_scale)).sum(dim=0) * total
@@ -184,15 +244,17 @@ class _Columns:
     answers: DuplicateMask | None
     """The queries to which some row gives the row's positive; None: not needed."""
 
-    def candidates(self, directions: tuple[Direction, ...]) -> Candidates:
-        """The candidates without their vectors."""
+    def candidates(self, directions: tuple[Direction, ...], guided: GuidedMask | None = None) -> Candidates:
+        """The candidates without their vectors. `guided`: a guide's mask."""
         excluded, ignored = None, self.ignored
+        ignored = None if ignored is None else dataclasses.replace(ignored, directions=directions)
+        of_guide = None if guided is None else dataclasses.replace(guided, directions=directions).tile
         if self.documents is not None:
             excluded = self.documents.tile if ignored is None else duplicates_over(
                 directions, self.documents, ignored.first_positive, self.answers)
         return Candidates(
             document=torch.empty(0), positive_index=self.terms.positive, query_index=self.terms.query_index,
-            excluded=excluded, ignored=None if ignored is None else ignored.tile,
+            excluded=either(excluded, of_guide), ignored=None if ignored is None else ignored.tile,
             own=None if ignored is None else ignored.own)
 
 
@@ -217,6 +279,8 @@ class _LossOverDims:
     grad_query: Tensor | None = None
     grad_document: Tensor | None = None
     grad_query_columns: Tensor | None = None
+    compatible: InfoNCESums | None = None
+    """Sums of the queries against the vectors of the index; None: these are no loss of their own."""
 
     def add(self, matryoshka: MatryoshkaDim) -> None:
         """Add the loss at one dimension and precision."""
@@ -235,12 +299,31 @@ class _LossOverDims:
         if queries is not None and grad.query is not None:
             self.grad_query_columns = queries.add_gradient(self.grad_query_columns, grad.query, matryoshka.weight)
 
-    def gradient(self) -> Tensor:
-        """[rows/dp, dim] of this rank's queries and documents, complete over all ranks: one reduce-scatter."""
+    def add_compatible(self, columns: Candidates, old_document: Tensor, weight: float) -> None:
+        """Add the loss of the whole queries against the vectors of the index, once the others are.
+
+        Args:
+            columns: those of queries to documents, without vectors.
+            old_document: [candidates, dim].
+        """
+        assert self.grad_query is not None
+        settings = dataclasses.replace(self.settings, directions=("query_to_document",), joint=True)
+        grad = contrastive_gradients(self.query[self.terms.query],
+                                     dataclasses.replace(columns, document=old_document), settings, total=self.total,
+                                     weights=self.terms.weights)
+        self.compatible = grad.sums
+        self.grad_scale.append(torch.stack([grad.log_scale, grad.bias]) * weight)
+        self.grad_query.index_add_(0, self.terms.query, grad.anchor, alpha=weight)
+
+    def gradient(self, *, with_documents: bool) -> Tensor:
+        """[rows/dp, dim] of this rank's queries and, `with_documents`, its documents, complete over all ranks: one
+        reduce-scatter, or none if no vectors of other ranks are trained."""
         assert self.grad_query is not None and self.grad_document is not None
+        if not with_documents and self.gathered.query is None:
+            return self.grad_query
         own_document, own_query = self.gathered.return_gradients(self.grad_document, self.grad_query_columns)
         grad_query = self.grad_query if own_query is None else self.grad_query + own_query
-        return torch.cat([grad_query, own_document])
+        return torch.cat([grad_query, own_document]) if with_documents else grad_query
 
     def _truncate(self, embeddings: Tensor, matryoshka: MatryoshkaDim) -> Truncated:
         return truncate(embeddings, matryoshka, normalize=self.normalize)

@@ -1,5 +1,7 @@
 """Communication of a loss over all data-parallel ranks: text ids, then embeddings, and their gradients back."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +111,14 @@ class GatheredEmbeddings:
     padded: tuple[PaddedRows, PaddedRows | None]
     """Documents and queries in the message."""
     group: dist.ProcessGroup
+
+    def split(self, widths: Sequence[int]) -> "list[GatheredEmbeddings]":
+        """Each vector on its own, of rows that consist of several, one behind the other."""
+        documents = self.document.split(list(widths), dim=1)
+        queries = [None] * len(widths) if self.query is None else self.query.split(list(widths), dim=1)
+        return [dataclasses.replace(self, document=document.contiguous(),
+                                    query=None if query is None else query.contiguous())
+                for document, query in zip(documents, queries, strict=True)]
 
     def return_gradients(self, document: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Gradients of this rank's embeddings, summed over the ranks: one reduce-scatter.

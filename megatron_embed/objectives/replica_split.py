@@ -45,7 +45,8 @@ class ReplicaSplit(Objective[EmbedBatch]):
         parts = [_rows_of(batch, rank, size) for rank in range(size)]
         queries, documents = parts[self.tp_cp_group.rank()]
         part = part_of(batch, queries, documents, micro_batches=batch.micro_batches, capacity=capacity)
-        rows = copy_to_device(tuple(batch.outputs_of(torch.cat([queries, documents + batch.num_queries]))
+        rows = copy_to_device(tuple(batch.outputs_of(torch.cat([queries, documents + batch.num_queries])
+                                                     if batch.embeds_documents else queries)
                                     for queries, documents in parts), embeddings.device)
         own = self.inner(embeddings[rows[self.tp_cp_group.rank()]], part, total=total)
         gathered = gather_padded(own.embeddings, max(map(len, rows)), self.tp_cp_group)

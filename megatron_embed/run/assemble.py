@@ -128,7 +128,7 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest, on_
     config, task, started = inputs.config, inputs.task, time.monotonic()
     if topology.rank == 0:
         logger.info("%s", introduction(inputs, topology.world_size))
-    objective = task.build_objective(topology)
+    objective = task.build_objective(inputs, topology)
     wrapped, state = build_training_state(inputs, topology, objective.learned)
     models = state.models
     first_step = resume(inputs.resume_state, state)

@@ -17,7 +17,7 @@ from megatron_embed.data.empty_texts import refuse_empty_rows
 from megatron_embed.data.loader import BatchLoader
 from megatron_embed.data.number_checks import WITH_BOUNDS
 from megatron_embed.data.packing import DocumentsPerQuery
-from megatron_embed.data.records import ANY_NUMBER, require_fields
+from megatron_embed.data.records import ANY_NUMBER, require_fields, text_id
 from megatron_embed.data.token_cache import TokenCache
 from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
 from megatron_embed.errors import ConfigError
@@ -38,8 +38,10 @@ from megatron_embed.models.reranker_settings import RERANKER_FILE
 from megatron_embed.names import Similarity
 from megatron_embed.objectives.base import Objective, with_margins
 from megatron_embed.objectives.build import build_objective, metric_names
+from megatron_embed.objectives.fixed_vectors import Lookup
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.parallel.topology import Topology, check_token_budget
+from megatron_embed.run.other_models import check_other_models, fixed_vectors
 from megatron_embed.run.task import Inputs, Task, TaskParts, evaluate_rerank_sets, first_rows
 from megatron_embed.training.bin_sync import agree_on_bins, agree_on_shares
 from megatron_embed.training.metrics import write_projector
@@ -55,11 +57,14 @@ class EmbeddingTask(Task):
     tokenizer: RoleTokenizer
     cache: TokenCache | None = None
     """The token ids of the rows, if they were written before the run."""
+    old_documents: Lookup | None = None
+    """Vectors of documents that training leaves as they are, once the objective is built."""
 
     def check_sizes(self) -> None:
         check_score_temperature(self.config)
         check_lengths(self.config, self.model)
         check_dims(self.config, self.model)
+        check_other_models(self.config, self.model)
 
     def open(self) -> RecordSet:
         data, objective = self.config.data, self.config.objective
@@ -116,8 +121,10 @@ class EmbeddingTask(Task):
     def load_model_chunks(self, topology: Topology) -> list[EmbeddingModel]:
         return load_model_chunks(self.model, self.config, topology)
 
-    def build_objective(self, topology: Topology) -> Objective[Any]:
-        return build_objective(self.config, topology.dp_group, topology.model_parallel_groups)
+    def build_objective(self, inputs: Inputs, topology: Topology) -> Objective[Any]:
+        fixed = fixed_vectors(inputs, topology, self.tokenizer)
+        self.old_documents = fixed.old_document
+        return build_objective(self.config, topology.dp_group, topology.model_parallel_groups, fixed)
 
     def write_settings(self, hf: Path) -> None:
         (hf / RERANKER_FILE).unlink(missing_ok=True)
@@ -150,6 +157,7 @@ class EmbeddingTask(Task):
             self.tokenizer if self.cache is None else self.tokenizer.with_cache(self.cache),
             dataclasses.replace(self.packing, keep_groups_together=self._keeps_groups),
             DocumentsPerQuery(positives=data.num_positives, negatives=data.num_negatives,
+                              embedded=not self.config.training.query_side_only,
                               seed=self.config.training.seed if data.samples_documents else None),
             dp_rank=dp_rank, dp_size=dp_size, validation=inputs.validation)
 
@@ -162,7 +170,10 @@ class EmbeddingTask(Task):
                 scores_of_lists, encoder))}
 
         def embed_for(instruction: str | None) -> Embed:
-            return functools.partial(encoder.encode, instruction=instruction)
+            own = functools.partial(encoder.encode, instruction=instruction)
+            old = self.old_documents if self.config.training.query_side_only else None
+            return own if old is None else lambda texts, role: (
+                own(texts, role) if role == "query" else old(torch.tensor(list(map(text_id, texts)))))
 
         score = functools.partial(similarity_of_pairs, encoder.encode, similarity=similarity)
         metrics = suite.evaluate(embed_for, similarity, group=dist.group.WORLD, device=encoder.topology.device)

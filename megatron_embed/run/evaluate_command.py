@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from megatron_embed.evaluation.given_vectors import GivenVectors
     from megatron_embed.evaluation.rerank_stage import RerankStage
+    from megatron_embed.evaluation.retrieval import Embed
+    from megatron_embed.names import Role, Similarity
     from megatron_embed.parallel.topology import Topology
 
 
@@ -57,7 +60,7 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
 
     from megatron_embed.evaluation.block_retrieval import evaluate_by_blocks
     from megatron_embed.evaluation.given_vectors import open_given_vectors
-    from megatron_embed.evaluation.retrieval import METRICS, Rankings, evaluate_queries, mean_metrics
+    from megatron_embed.evaluation.retrieval import METRICS, Embed, Rankings, evaluate_queries, mean_metrics
     from megatron_embed.evaluation.stored_vectors import read_ranges
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
@@ -66,9 +69,13 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     check_metric_names(args.require, [prefix + name for prefix in ranking_prefixes(args) for name in METRICS])
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start,
                                              multi_vector=not (args.dims or args.two_stage or args.vectors
-                                                               or args.precision))
+                                                               or args.precision or args.documents_from))
     given = open_given_vectors(args, rows=len(data.document_ids), dim=encoder.dim, similarity=model.saved.similarity,
                                what=f"{args.data}/corpus.jsonl")
+    encode: Embed = functools.partial(encoder.encode, show_progress=topology.rank == 0)
+    if args.documents_from is not None:
+        encode, given = open_other_documents(args, encode, topology, dim=encoder.dim, rows=len(data.document_ids),
+                                             similarity=model.saved.similarity)
     option = "--dims" if args.dims else "--two-stage" if args.two_stage else "--precision" if args.precision else None
     if given is not None and given.index is not None and option is not None:
         raise ConfigError(f"{option}: compares parts of vectors, and --index {given.kind} holds whole ones; leave it "
@@ -82,12 +89,64 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
         per_query = evaluate_by_blocks(encoder, data, rerank=rankings.rerank, group=dist.group.WORLD,
                                        show_progress=topology.rank == 0)
     else:
-        encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
         per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, rankings=rankings,
                                      group=dist.group.WORLD, device=topology.device, given=given)
     if args.per_query is not None:
         raise_on_all_ranks(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
     return mean_metrics(per_query), topology.rank
+
+
+def open_other_documents(args: argparse.Namespace, encode: "Embed", topology: "Topology", *, dim: int, rows: int,
+                         similarity: "Similarity") -> "tuple[Embed, GivenVectors | None]":
+    """(what embeds texts, the documents' vectors if they are stored) with the documents of --documents-from. Called by
+    all ranks.
+
+    Args:
+        encode: embeds queries.
+        dim, similarity: of the model.
+        rows: documents.
+    Raises:
+        ConfigError: the documents' vectors are not those of the corpus, or not as wide as the model's.
+    """
+    from megatron_embed.evaluation.given_vectors import GivenVectors
+    from megatron_embed.evaluation.vector_files import VectorFile, are_vectors
+    from megatron_embed.evaluation.vector_map import MappedVectors, VectorMap
+    from megatron_embed.loading.model_directory import open_encoder
+
+    key, path = "--documents-from", args.documents_from
+    vector_map = None if args.map is None else VectorMap.read(args.map, "--map")
+    if are_vectors(path):
+        vectors = (VectorFile(path, key, similarity=similarity) if vector_map is None else
+                   MappedVectors(path, key, vector_map, similarity=similarity))
+        if len(vectors) != rows:
+            raise ConfigError(f"{key} {path}: {len(vectors)} vectors for the {rows} rows of {args.data}/corpus.jsonl; "
+                              "name what `encode` wrote of that file", key=key)
+        check_width(args, vectors.full_width, dim)
+        return encode, GivenVectors(vectors=vectors, kind="flat", index=None)
+    settings = {**vars(args), "model": path, "pooling": None, "max_length": None}
+    prompts: dict[Role, str] = {} if args.document_prompt is None else {"document": args.document_prompt}
+    other, _, _ = open_encoder(argparse.Namespace(**settings), prompts=True, given_prompts=prompts, key=key,
+                               start=lambda parallel: topology)
+    if vector_map is not None and vector_map.old_dim != other.dim:
+        raise ConfigError(f"--map {args.map}: takes vectors of {vector_map.old_dim} components, and those of {path} "
+                          f"have {other.dim}; name the map that was fitted to them", key="--map")
+    check_width(args, other.dim if vector_map is None else vector_map.new_dim, dim)
+
+    def embed(texts: "Sequence[str]", role: "Role") -> "Tensor":
+        if role == "query":
+            return encode(texts, role)
+        vectors = other.encode(texts, role, show_progress=topology.rank == 0)
+        return vectors if vector_map is None else vector_map(vectors)
+
+    return embed, None
+
+
+def check_width(args: argparse.Namespace, width: int, dim: int) -> None:
+    """Raises ConfigError if documents' vectors of this width cannot be compared with the model's of `dim`."""
+    if width != dim:
+        raise ConfigError(f"--documents-from {args.documents_from}: vectors of {width} components, and those of "
+                          f"{args.model} have {dim}; give the --map that `megatron-embed migrate` fits",
+                          key="--documents-from")
 
 
 def ranking_prefixes(args: argparse.Namespace) -> list[str]:
@@ -135,7 +194,7 @@ def open_rerank_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
 def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
     refuse_options(args, "pairs", "split", "drop_own_id", "two_stage", "precision", "reranker", "per_query", "vectors",
-                   "index", "probes", "ef_search")
+                   "index", "probes", "ef_search", "documents_from", "map")
     from megatron_embed.evaluation.sts import load_sts
 
     data = load_sts(args.data, "--data")
@@ -153,7 +212,7 @@ def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
 def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
     refuse_options(args, "lists", "split", "drop_own_id", "two_stage", "dims", "precision", "reranker", "per_query",
-                   "vectors", "index", "probes", "ef_search")
+                   "vectors", "index", "probes", "ef_search", "documents_from", "map")
     from megatron_embed.evaluation.document_search import scores_of_lists
     from megatron_embed.evaluation.reranking import METRICS, evaluate_reranking, load_rerank_file, similarity_of_pairs
 

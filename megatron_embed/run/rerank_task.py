@@ -110,7 +110,7 @@ class RerankTask(Task):
     def load_model_chunks(self, topology: Topology) -> list[EmbeddingModel]:
         return load_reranker_chunks(self.model, self.config, topology, self.head)
 
-    def build_objective(self, topology: Topology) -> Reranking:
+    def build_objective(self, inputs: Inputs, topology: Topology) -> Reranking:
         return Reranking(self.config.objective.loss, self.config.reranker, topology.dp_group)
 
     def write_settings(self, hf: Path) -> None:

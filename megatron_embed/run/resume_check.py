@@ -33,7 +33,8 @@ FIXED: tuple[str, ...] = (
          "reranker.false_token", "reranker.max_length", "embedding.normalize", "data.shuffle", "data.mixed_batches",
          "data.sampling_temperature", "data.validation_fraction", "data.num_negatives", "data.num_positives",
          "data.document_sampling",
-         "training.global_batch_size", "training.seed", "objective.learnable_temperature")
+         "training.global_batch_size", "training.seed", "objective.learnable_temperature",
+         "objective.teacher_projection")
 """What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, and what
 there is to save from the last."""
 

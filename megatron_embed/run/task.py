@@ -103,8 +103,9 @@ class Task(ABC):
         """This rank's model chunks with their weights."""
 
     @abstractmethod
-    def build_objective(self, topology: Topology) -> Objective[Any]:
-        """The loss over the ranks of a replica and of the data-parallel group."""
+    def build_objective(self, inputs: "Inputs", topology: Topology) -> Objective[Any]:
+        """The loss over the ranks of a replica and of the data-parallel group. Called by all ranks, before the model is
+        loaded."""
 
     @abstractmethod
     def build_loader(self, inputs: "Inputs", dp_rank: int, dp_size: int) -> StepLoader[Any]:

@@ -4,14 +4,14 @@ import torch
 
 from megatron_embed.checkpoint.load import TrainingState
 from megatron_embed.loading.model_directory import error_context
-from megatron_embed.objectives.learned_scale import LearnedScale
+from megatron_embed.objectives.base import Learned
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.run.task import Inputs
 from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 
 
 def build_training_state(inputs: Inputs, topology: Topology,
-                         learned: LearnedScale | None) -> tuple[list[torch.nn.Module], TrainingState]:
+                         learned: Learned | None) -> tuple[list[torch.nn.Module], TrainingState]:
     """(this rank's model chunks as they are trained, the state with the directory's weights). Called by all ranks.
 
     Args:

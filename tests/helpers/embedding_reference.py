@@ -42,6 +42,13 @@ from tests.helpers.families import DEBERTA, SMALL_IDS
 from tests.helpers.gradient_errors import largest_error, save_gradients
 from tests.helpers.internlm import as_internlm2, stock_of
 from tests.helpers.multi_vector_reference import TokenReference, add_token_modules, load_projection
+from tests.helpers.other_models import (
+    COMPATIBLE_WEIGHT,
+    distance_to_teacher,
+    guided_pairs,
+    loss_with_index,
+    old_documents,
+)
 from tests.helpers.pretend_ranks import run_on_pretend_ranks
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.sparse_reference import SparseReference, regularizer, save_sparse_model
@@ -319,8 +326,12 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
         steps = load_steps(folder / case.model) if case.dense else []
         query, document, positive = _embed_rows(model, routers, records, tokenizer, POOLINGS[case.kind], steps)
         logits = query @ document.T / rows.temperature
+        if case.others == "query side":
+            logits = query @ old_documents(records, query.shape[1]).T / rows.temperature
     excluded = excluded_pairs(records) if rows.masked else torch.zeros_like(logits, dtype=torch.bool)
     assert not rows.masked or 0.01 < float(excluded.double().mean()) < 0.5
+    if case.others == "guided":
+        excluded = excluded | guided_pairs(records, positive)
     pools = pools_of(case, micro_batches, records)
 
     def loss_of(chosen: torch.Tensor, queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
@@ -334,13 +345,19 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     else:
         losses = [loss_of(logits[queries][:, documents], queries, documents) for queries, documents in pools]
     loss = torch.stack(losses).sum() / len(records)
-    total = loss = loss + regularizers
+    loss = loss + regularizers
+    if case.others == "compatible":
+        loss = loss + COMPATIBLE_WEIGHT * loss_with_index(case, query, positive, pools, records)
+    if case.others == "distilled":
+        loss = distance_to_teacher(query, document, records)
+    total = loss
     if case.aux:
         total = loss + case.aux * _auxiliary_loss(routers, [part for rank in micro_batches for part in rank],
                                                   model.config)
     total.backward()
     highest = sum(len(queries) * math.log(len(documents)) for queries, documents in pools) / len(records)
     highest *= sum_of_weights(case.stored) if case.stored else 1.0
+    highest *= 1 + COMPATIBLE_WEIGHT if case.others == "compatible" else 2.0 if case.others == "query side" else 1.0
     assert 0.3 < float((loss - regularizers).detach()) < highest, f"{case.reference}: loss {float(loss.detach())}"
     gradients = folder / f"gradients-{case.reference}"
     norm = (save_adapter_gradients(model, folder / f"{case.model}-lora", gradients) if case.adapters else

@@ -18,6 +18,7 @@ from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
 from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from tests.helpers.exactness_cases import NUM_NEGATIVES, ROWS, Case, Rows, Sabotage, run_config
 from tests.helpers.gradient_errors import SquaredErrors, gather_shards, squared_errors, squared_errors_of_adapters
+from tests.helpers.other_models import fixed_vectors
 
 
 def tokenizer_of(directory: Path, rows: Rows) -> RoleTokenizer:
@@ -88,7 +89,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     optimizer = build_optimizer(config, wrapped, topology)
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
     split = topology.model_parallel_groups if group is topology.dp_group else None
-    objective = build_objective(config, group, split)
+    objective = build_objective(config, group, split, fixed_vectors(case.others, model.dim(config.embedding)))
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
                           kernel=case.kernel, has_dropout=False,
                           first_pass=build_first_pass(config, model.shape, topology),
@@ -129,8 +130,8 @@ def _load_batch(case: Case, config: RunConfig, folder: Path, topology: Any) -> E
         uniform_size=topology.pp_size > 1, micro_batch_tokens=case.tokens,
         keep_groups_together=case.negatives == "micro_batch")
     with BatchLoader(records, sampler, tokenizer_of(folder / case.model, ROWS[case.rows]), packing,
-                     DocumentsPerQuery(negatives=NUM_NEGATIVES), dp_rank=topology.dp_rank,
-                     dp_size=topology.dp_size) as loader:
+                     DocumentsPerQuery(negatives=NUM_NEGATIVES, embedded=case.others != "query side"),
+                     dp_rank=topology.dp_rank, dp_size=topology.dp_size) as loader:
         return loader.batch(0)
 
 

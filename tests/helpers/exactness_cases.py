@@ -144,6 +144,8 @@ class Case:
     """A sparse model, by its name in sparse_reference.SPARSE; empty: it is none."""
     stored: str = ""
     """Precisions of the loss, by their name in STORED; empty: float32 alone."""
+    others: Literal["", "compatible", "query side", "guided", "distilled"] = ""
+    """What vectors by another model are for; empty: there is none."""
 
     @property
     def model(self) -> str:
@@ -161,6 +163,7 @@ class Case:
         if self.multi:
             name += f"-{self.multi}-{self.loss}"
         name += f"-sparse-{self.sparse}" if self.sparse else ""
+        name += self.others and f"-{self.others.replace(' ', '-')}"
         if self.aux or self.negatives == "micro_batch":
             rounds = f"-by{self.layout.pp}" if self.layout.vpp > 1 else ""
             name += f"-{self.aux:g}-{self.negatives}-{self.layout.dp}x{self.micro_batches}-{self.tokens}{rounds}"
@@ -178,6 +181,7 @@ class Case:
         words += [f"sparse {self.sparse}"] if self.sparse else []
         words += [self.loss] if self.loss != "info_nce" else []
         words += [f"stored as {self.stored}"] if self.stored else []
+        words += [self.others] if self.others else []
         words += ["overlapped"] if self.overlap else []
         words += ["flash"] if self.kernel == "flash" else []
         words += [f"aux {self.aux:g}"] if self.aux else []
@@ -377,6 +381,8 @@ def sparse_cases() -> list[Case]:
     cases += [Case(kind="bert", layout=layout, micro_batches=2, sparse="l1", keep=1) for layout in (
         Layout(dp=2), Layout(tp=2, dp=2))]
     return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
+
+
 STORED_LAYOUTS = (Layout(), Layout(dp=2), Layout(dp=4), Layout(tp=2), Layout(pp=2), Layout(pp=2, vpp=2), Layout(cp=2),
                   Layout(tp=2, dp=2), Layout(cp=2, dp=2), Layout(tp=2, pp=2))
 
@@ -393,6 +399,36 @@ def stored_cases() -> list[Case]:
               Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, negatives="micro_batch", stored="all-widths"),
               Case(kind="qwen3", layout=Layout(tp=2, dp=2), micro_batches=2, stored="binary", keep=1)]
     return sorted(cases, key=lambda case: STORED_LAYOUTS.index(case.layout))
+
+
+OTHER_MODEL_LAYOUTS = (Layout(), Layout(dp=2), Layout(dp=4), Layout(tp=2), Layout(tp=2, sequence_parallel=False),
+                       Layout(tp=4), Layout(pp=2), Layout(pp=2, vpp=2), Layout(cp=2), Layout(cp=4), Layout(tp=2, dp=2),
+                       Layout(pp=2, dp=2), Layout(tp=2, pp=2), Layout(cp=2, dp=2), Layout(tp=2, cp=2),
+                       Layout(tp=2, pp=2, dp=2), Layout(tp=2, cp=2, dp=2))
+
+
+def other_model_cases() -> list[Case]:
+    """Vectors by another model: an index that is kept, beside the documents or in their place; a guide's masks; a
+    teacher's vectors as the target."""
+    kinds: tuple[Literal["compatible", "query side", "guided", "distilled"], ...] = (
+        "compatible", "query side", "guided", "distilled")
+    cases = []
+    for index, layout in enumerate(OTHER_MODEL_LAYOUTS):
+        smallest = layout.pp if layout.vpp > 1 else 1
+        counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= 16]
+        cases += [Case(kind=("bert", "qwen3")[(index + turn) % 2], layout=layout, others=others,
+                       micro_batches=counts[(index + turn) % len(counts)], distributed=(index + turn) % 2 == 0,
+                       rows="masked" if others != "distilled" and (index + turn) % 3 == 0 else "short")
+                  for turn, others in enumerate(kinds)]
+    cases += [Case(kind="bert", layout=layout, tokens=144, rows="masked", others=others)
+              for layout in (Layout(dp=2), Layout(cp=2, dp=2)) for others in kinds[:3]]
+    cases += [Case(kind="bert", layout=Layout(dp=2), micro_batches=4, keep=2, first_pass=2, others=others)
+              for others in kinds[:3]]
+    cases += [Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), micro_batches=2, others=others) for others in kinds]
+    cases += [Case(kind="bert", layout=Layout(dp=2), micro_batches=2, negatives="micro_batch", others=others)
+              for others in ("compatible", "guided")]
+    cases.append(Case(kind="bert", layout=Layout(dp=2), micro_batches=2, adapters=True, others="query side"))
+    return sorted(cases, key=lambda case: (*OTHER_MODEL_LAYOUTS, Layout(dp=2, ep=2)).index(case.layout))
 
 
 FLASH_LAYOUTS = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2),
@@ -439,25 +475,24 @@ def objective_of(case: Case) -> ObjectiveConfig:
     temperature = MULTI_VECTOR_TEMPERATURE if case.multi else rows.temperature
     if case.loss == "kl_distillation":
         return ObjectiveConfig(loss=case.loss, temperature=temperature, teacher_temperature=1.0)
+    if case.others == "distilled":
+        return ObjectiveConfig(loss="embedding_distillation", teacher_model="teacher")
+    others = {"compatible_with": "old", "compatible_weight": 0.7} if case.others == "compatible" else {}
+    others |= {"guide_model": "guide", "mask_margin": 0.1} if case.others == "guided" else {}
     return ObjectiveConfig(temperature=temperature, negatives=case.negatives, mask_duplicates=rows.masked,
-                           precision_weights=STORED[case.stored].weights if case.stored else ())
+                           precision_weights=STORED[case.stored].weights if case.stored else (), **others)
 
 
 def embedding_of(case: Case) -> EmbeddingConfig:
-    """The vectors of a case."""
+    """The head of a case, and its pooling, widths and precisions if it has them."""
+    if case.sparse:
+        return EmbeddingConfig(head="sparse")
     if case.multi:
         return EmbeddingConfig()
     if not case.stored:
         return EmbeddingConfig(pooling=POOLINGS[case.kind])
     stored = STORED[case.stored]
     return EmbeddingConfig(pooling=POOLINGS[case.kind], matryoshka_dims=stored.dims, precision=stored.precisions)
-
-
-def embedding_of(case: Case) -> EmbeddingConfig:
-    """The head of a case, and its pooling if it has one."""
-    if case.sparse:
-        return EmbeddingConfig(head="sparse")
-    return EmbeddingConfig() if case.multi else EmbeddingConfig(pooling=POOLINGS[case.kind])
 
 
 def run_config(case: Case, folder: Path) -> RunConfig:
@@ -479,7 +514,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
         training=TrainingConfig(
             global_batch_size=rows.count, micro_batch_size=rows.count // (layout.dp * max(1, case.micro_batches)),
             micro_batch_tokens=case.tokens, first_pass_micro_batches=case.first_pass,
-            keep_activations=case.keep,
+            keep_activations=case.keep, query_side_only=case.others == "query side",
             moe_aux_loss_coefficient=case.aux, recompute=case.recompute),
         optimizer=OptimizerConfig(distributed=case.distributed, overlap_grad_reduce=case.overlap,
                                   overlap_param_gather=case.overlap))

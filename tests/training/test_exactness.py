@@ -21,6 +21,7 @@ from tests.helpers.exactness_cases import (
     head_cases,
     head_flash_cases,
     multi_vector_cases,
+    other_model_cases,
     sparse_cases,
     stored_cases,
 )
@@ -105,6 +106,12 @@ def test_gradients_of_sparse_vectors_equal_one_process(oracle, cases):
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", by_layout(stored_cases()), ids=lambda cases: str(cases[0].layout))
 def test_gradients_of_rounded_vectors_equal_one_process(oracle, cases):
+    check(oracle, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(other_model_cases()), ids=lambda cases: str(cases[0].layout))
+def test_gradients_with_vectors_by_other_models_equal_one_process(oracle, cases):
     check(oracle, cases)
 
 

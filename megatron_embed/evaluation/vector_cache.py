@@ -64,9 +64,9 @@ def vectors_name(model: str, settings: Mapping[str, object], texts: Sequence[str
 class VectorCache:
     """A directory of vectors. Every method is called by all ranks together."""
 
-    def __init__(self, directory: str, *, rank: int) -> None:
-        """Create the directory. Raises ConfigError if that fails."""
-        self._directory, self._rank = Path(directory), rank
+    def __init__(self, directory: str | Path, *, rank: int, key: str = "--cache") -> None:
+        """Create the directory. Raises ConfigError, naming the option or setting `key`, if that fails."""
+        self._directory, self._rank, self._key = Path(directory), rank, key
         error: UserError | None = None
         if rank == 0:
             try:
@@ -103,10 +103,27 @@ class VectorCache:
                 writer.close()
         raise_on_all_ranks(error)
 
+    def on_disk(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]]) -> "np.ndarray":
+        """[rows, dim] float32 as a memory-mapped file, which is computed and written first where it is not there.
+
+        Raises:
+            ConfigError: on every rank, if it cannot be written, or some rank does not see it.
+        """
+        vectors = _open(self._directory / name, rows)
+        if not smallest(int(vectors is not None)):
+            for _ in self.blocks(name, rows, compute):
+                pass
+            vectors = _open(self._directory / name, rows)
+            raise_on_all_ranks(None if vectors is not None else ConfigError(
+                f"{self._key} {self._directory}: is not the same directory on all nodes; name one on a shared file "
+                "system", key=self._key))
+        assert vectors is not None
+        return vectors
+
     def _unwritable(self, error: OSError | None) -> ConfigError:
         reason = "" if error is None else f" ({error.strerror or error})"
-        return ConfigError(f"--cache {self._directory}: cannot be written{reason}; free disk space or choose another "
-                           "directory")
+        return ConfigError(f"{self._key} {self._directory}: cannot be written{reason}; free disk space or choose "
+                           "another directory", key=self._key)
 
 
 class VectorSource:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_embed.mining.cache import model_digest
+from megatron_embed.evaluation.vector_cache import model_digest
 
 
 @pytest.fixture
