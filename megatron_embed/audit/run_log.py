@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.checkpoint.files import step_directories
+from megatron_embed.checkpoint.log_files import lines_of_log, log_exists
 from megatron_embed.config.load import load_config, read_resolved
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.training.audit_log import AUDIT_FILE
+from megatron_embed.training.metrics import METRICS_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +50,13 @@ def read_run(path: str, step: int) -> RunLog:
         CheckpointError: the log is damaged.
     """
     run, checkpoints = Path(path), step_directories(Path(path))
-    directory = run if (run / AUDIT_FILE).is_file() else _other_directory(run, "logging")
-    if not (directory / AUDIT_FILE).is_file():
-        raise ConfigError(f"{run}: there is no {AUDIT_FILE}, so it is no directory of a run of this version; name its "
-                          "checkpoint.directory", key="RUN")
+    directory = run if log_exists(run / AUDIT_FILE) else _other_directory(run, "logging")
+    if not log_exists(directory / AUDIT_FILE):
+        raise ConfigError(f"{run}: there is no {AUDIT_FILE}, so it is not the directory of a run of this version; name "
+                          "its checkpoint.directory", key="RUN")
     log = RunLog(directory=directory, checkpoints=checkpoints or step_directories(_other_directory(run, "checkpoint")))
     _read_records(directory / AUDIT_FILE, log)
-    _read_metrics(directory / "metrics.jsonl", log)
+    _read_metrics(directory / METRICS_FILE, log)
     if not log.starts or step not in log.steps:
         known = f"its log has the steps {min(log.steps)} to {max(log.steps)}" if log.steps else "its log has no step"
         raise ConfigError(f"--step {step}: {directory / AUDIT_FILE}: {known}; choose one of them", key="--step")
@@ -102,23 +104,22 @@ def _other_directory(run: Path, section: str) -> Path:
 
 
 def _read_metrics(file: Path, log: RunLog) -> None:
-    """The rows of a file of metrics that have a loss; those that cannot be read are left out."""
-    with contextlib.suppress(OSError), file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
+    """The rows of a log of metrics that have a loss; those that cannot be read are left out."""
+    with contextlib.suppress(OSError):
+        for _, _, line in lines_of_log(file):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
                 if "loss" in row:
                     log.metrics[int(row["step"])] = row
 
 
-def _read_records(file: Path, log: RunLog) -> None:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                kind = log.starts if "start" in record else log.saves if "save" in record else log.steps
-                kind[int(record["step"])] = record
-            except (ValueError, KeyError, TypeError) as error:
-                if not line.endswith("\n"):
-                    return  # cut short by a kill, or being written
-                raise CheckpointError(f"{file}:{number}: not readable ({error!r}); the log is damaged") from error
+def _read_records(path: Path, log: RunLog) -> None:
+    for file, number, line in lines_of_log(path):
+        try:
+            record = json.loads(line)
+            kind = log.starts if "start" in record else log.saves if "save" in record else log.steps
+            kind[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError) as error:
+            if not line.endswith("\n"):
+                return  # cut short by a kill, or being written
+            raise CheckpointError(f"{file}:{number}: not readable ({error!r}); the log is damaged") from error

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
+from megatron_embed.checkpoint.plan_messages import use_trees
 from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS, HEAD_KEYS, check_description, install
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
@@ -23,6 +24,7 @@ from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
 
 install()
+use_trees()
 
 Result = TypeVar("Result")
 

@@ -327,12 +327,17 @@ class LoggingConfig:
     """Optimizer steps between checksums of all parameters in audit.jsonl, which name a rank whose copy is not equal to
     the others', and by which `audit` checks the optimizer's update; starts and checkpoints have one in any case. 0:
     those alone."""
+    max_file_mib: int = 64
+    """MiB above which metrics.jsonl or audit.jsonl is renamed to NAME.000001.jsonl, NAME.000002.jsonl, ... and a new
+    one begins, with metrics.jsonl also TensorBoard's file of events, >= 0. `doctor`, `audit` and a resumed run read
+    all of them. 0: never."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "must be >= 1")
         require(self.spike_deviations >= 0, "logging.spike_deviations", self.spike_deviations, "must be >= 0")
         require(self.parameter_checksum_every >= 0, "logging.parameter_checksum_every", self.parameter_checksum_every,
                 "must be >= 0")
+        require(self.max_file_mib >= 0, "logging.max_file_mib", self.max_file_mib, "must be >= 0; 0 is off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +382,7 @@ class RunConfig:
 
     @property
     def workload(self) -> Workload:
-        """What the task asks of the run's sizes."""
+        """The task's requirements on the run's sizes."""
         return WORKLOADS[self.task](self)
 
     def __post_init__(self) -> None:

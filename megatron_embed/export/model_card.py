@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed import __version__
+from megatron_embed.checkpoint.log_files import lines_of_log, log_exists
 from megatron_embed.config.load import load_config
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
@@ -151,7 +152,7 @@ def _run_of(file: Path) -> RunConfig | None:
 
 
 def _use(kind: ExportFormat, head: str | None, pooling: str | None) -> str:
-    """How it is loaded."""
+    """Python code that loads it."""
     if kind == "peft":
         auto, more = _AUTO[head]
         return _PEFT_USE.replace("AUTO", auto).replace("MORE", more)
@@ -256,10 +257,10 @@ def _training(config: RunConfig, step: int, dim: int | None) -> list[tuple[str, 
 def evaluation_after(config: RunConfig, step: int) -> dict[str, float]:
     """Metrics of the run's evaluation after so many steps, as metrics.jsonl has them; empty if there was none."""
     file = None if config.log_directory is None else Path(config.log_directory) / "metrics.jsonl"
-    if file is None or not file.is_file():
+    if file is None or not log_exists(file):
         return {}
     metrics: dict[str, float] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for _, _, line in lines_of_log(file):
         try:
             values = json.loads(line)
         except ValueError:

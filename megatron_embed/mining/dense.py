@@ -14,7 +14,7 @@ from megatron_embed.evaluation.given_vectors import GivenVectors, Index
 from megatron_embed.evaluation.search import StreamedSearch, search
 from megatron_embed.mining.filters import Candidate, MiningOptions, select_negatives
 from megatron_embed.mining.task import Mined, MinedRows
-from megatron_embed.parallel.collectives import gather_objects, rank_and_size
+from megatron_embed.parallel.collectives import gather_objects, gather_to_first, rank_and_size
 
 _QUERIES_AT_ONCE = 4096
 """Queries that an index is searched for together."""
@@ -177,13 +177,9 @@ def _gathered(mined: MinedRows, queries: int, group: dist.ProcessGroup | None, *
     """Results of all queries, on the group's first rank or on all ranks."""
     if group is None or group.size() == 1:
         return mined
-    if on_all_ranks:
-        shares = gather_objects(mined, group)
-    else:
-        first, shares = group.rank() == 0, [mined] * group.size()
-        dist.gather_object(mined, shares if first else None, dst=dist.get_global_rank(group, 0), group=group)
-        if not first:
-            return None
+    shares = gather_objects(mined, group) if on_all_ranks else gather_to_first(mined, group)
+    if shares is None:
+        return None
     whole = MinedRows()
     for query in range(queries):
         whole.append(shares[query % len(shares)][query // len(shares)])

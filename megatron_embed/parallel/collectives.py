@@ -109,6 +109,53 @@ def gather_objects(value: Value, group: dist.ProcessGroup | None) -> list[Value]
     return values
 
 
+def gather_to_first(value: Value, group: dist.ProcessGroup | None) -> list[Value] | None:
+    """Each rank's value, in rank order, on the group's first rank; None on the others.
+
+    Pickled values go along a binomial tree: no rank is connected to more than log2(ranks) others for it, while gloo's
+    own gather connects the first one to all. A rank of the tree holds the values of those behind it for a while.
+    """
+    values, step = [value], 1
+    if group is None:
+        return values
+    while step < group.size():
+        if group.rank() % (2 * step):
+            _send(values, group.rank() - step, group)
+            return None
+        if group.rank() + step < group.size():
+            values += _receive(group.rank() + step, group)
+        step *= 2
+    return values
+
+
+def scatter_from_first(values: list[Value] | None, group: dist.ProcessGroup) -> Value:
+    """This rank's value of those that the group's first rank has for all, in rank order, by the tree of
+    `gather_to_first`; None on the other ranks."""
+    step = 1 << (group.size() - 1).bit_length() >> 1
+    while step:
+        if values is not None and values[step:]:
+            _send(values[step:], group.rank() + step, group)
+            values = values[:step]
+        elif group.rank() % (2 * step) == step:
+            values = _receive(group.rank() - step, group)
+        step //= 2
+    assert values is not None
+    return values[0]
+
+
+def _send(values: list[Value], rank: int, group: dist.ProcessGroup) -> None:
+    """Send pickled values to a rank of the group, from host memory."""
+    dist.send_object_list([values], dst=dist.get_global_rank(group, rank), group=group, device=torch.device("cpu"))
+
+
+def _receive(rank: int, group: dist.ProcessGroup) -> list[Any]:
+    """The values that `_send` sends."""
+    received: list[Any] = [None]
+    dist.recv_object_list(received, src=dist.get_global_rank(group, rank), group=group, device=torch.device("cpu"))
+    values: list[Any] = received[0]
+    return values
+
+
 def broadcast_from_rank0(text: str) -> str:
     """The text of rank 0 of the world, on every rank. One broadcast of an object."""
     values = [text]

@@ -18,6 +18,11 @@ COPY_GB_PER_SECOND = 3
 """Bandwidth per GPU of a copy to memory of the host that is neither pinned nor yet in use; not measured."""
 SHORTEST_SHOWN = 0.005
 """Seconds of a step below which a line of its time is omitted."""
+FILES_OF_A_RANK, CONNECTIONS_PER_RANK = 100, 2
+"""Open files of a rank itself (71 on CPU ranks, tools/bench_groups.py), and connections to the run's store: of the
+process group, and of its heartbeats."""
+USUAL_LIMIT = 1024
+"""Open files that systems usually allow a process before it asks for more."""
 
 
 def report(plan: Plan, shape: ModelShape, gpus: int, gpu: GPU, adapted: AdaptedLinears | None, rows: str) -> str:
@@ -40,9 +45,17 @@ def report(plan: Plan, shape: ModelShape, gpus: int, gpu: GPU, adapted: AdaptedL
         f"{flops / 1e15:.3g} PFLOP of the model, forward passes: {forwards}; expected seconds",
         *_time_lines(plan.time),
         f"  that is {utilization:.0%} of the peak (model FLOPs; an estimate to compare layouts, not a measurement)"]
+    if (files := files_of_store_process(gpus)) > USUAL_LIMIT:
+        lines.append(f"Open files of the process that hosts the run's store: {files:,}, which the hard limit there "
+                     "(`ulimit -Hn`) must allow")
     if not plan.fits:
         lines += ["", advice(plan)]
     return "\n".join(lines)
+
+
+def files_of_store_process(ranks: int) -> int:
+    """Open files of the process that hosts a run's key-value store: rank 0, or torchrun's agent on the first node."""
+    return FILES_OF_A_RANK + CONNECTIONS_PER_RANK * ranks
 
 
 def _first_pass_line(config: RunConfig, shape: ModelShape, grid: Grid) -> list[str]:

@@ -171,7 +171,7 @@ def build_writer(inputs: Inputs, first_step: int, on_step: OnStep | None, *, act
     config = inputs.config
     progress = Progress(train_steps=inputs.last_step, first_step=first_step,
                         steps_per_epoch=inputs.sampler.steps_per_epoch)
-    writer = MetricsWriter(config.log_directory, tensorboard=config.logging.tensorboard, progress=progress,
+    writer = MetricsWriter(config.log_directory, settings=config.logging, progress=progress,
                            active=active, main_metric=best_metric(config), on_step=on_step,
                            wandb_settings=to_dict(config) if config.logging.wandb else None)
     if active and config.log_directory not in (None, config.checkpoint.directory) and writer.error is None:
@@ -184,11 +184,11 @@ def build_writer(inputs: Inputs, first_step: int, on_step: OnStep | None, *, act
 
 def build_audit_log(inputs: Inputs, trainer: Trainer, loader: StepLoader[Any], topology: Topology,
                     first_step: int) -> AuditLog:
-    """What notes every step for a later audit; this start is its first note. Called by all ranks."""
+    """The log of every step for a later audit, with a record of this start. Called by all ranks."""
     config = inputs.config
     log = AuditLog(config.log_directory, trainer, topology, first_step=first_step,
                    every=config.logging.parameter_checksum_every,
-                   share=config.training.global_batch_size // topology.dp_size)
+                   share=config.training.global_batch_size // topology.dp_size, max_mib=config.logging.max_file_mib)
     log.start(first_step, {**facts_of_start(inputs, topology), "objects": facts_of_objects(
         trainer.grad_cache.objective, trainer, loader, inputs)})
     return log
@@ -204,7 +204,7 @@ def is_save_due(inputs: Inputs, done: int) -> bool:
 
 
 def build_saver(inputs: Inputs, state: TrainingState, best: BestCheckpoint | None) -> Saver | None:
-    """What saves the run's checkpoints; None: it has none. Called by all ranks."""
+    """The writer of the run's checkpoints; None: it has none. Called by all ranks."""
     config, assets = inputs.config.checkpoint, prepare_assets(inputs)
     if config.directory is None or assets is None:
         return None
@@ -216,7 +216,7 @@ def build_saver(inputs: Inputs, state: TrainingState, best: BestCheckpoint | Non
 def build_hooks(inputs: Inputs, loader: StepLoader[Any], parts: TaskParts,
                 evaluate: Callable[[], dict[str, float]] | None, best: BestCheckpoint | None, saver: Saver | None,
                 stop: StopRequest, writer: MetricsWriter, audit_log: AuditLog) -> Hooks:
-    """What the training loop calls."""
+    """The functions and objects that the training loop calls."""
     health = Health(inputs.config, functools.partial(sources_of_step, inputs), inputs.config.log_directory,
                     active=dist.get_rank() == 0)
     return Hooks(load_batch=loader.batch,

@@ -3,11 +3,12 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_embed.checkpoint.log_files import lines_of_log, log_exists
 from megatron_embed.config.load import read_resolved
 from megatron_embed.errors import ConfigError
 
@@ -96,14 +97,13 @@ def read_run(directory: str) -> RunLog:
     config: dict[str, Any] = read_resolved(files[-1]) if files else {}
     file = folder / "metrics.jsonl"
     elsewhere = config.get("logging", {}).get("directory")
-    if not file.is_file() and elsewhere:
+    if not log_exists(file) and elsewhere:
         file = Path(elsewhere) / "metrics.jsonl"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        rows = list(_rows(line for _, _, line in lines_of_log(file)))
     except OSError as error:
         raise ConfigError(f"--run {directory}: {file} cannot be read ({error.strerror}); name the checkpoint.directory "
                           "or logging.directory of a run", key="--run") from None
-    rows = list(_rows(lines))
     log = RunLog(steps=[row for row in rows if "learning_rate" in row],
                  evaluations=[row for row in rows if any(name.startswith("eval/") for name in row)], config=config,
                  suspicious=_suspicious(file.parent))
@@ -113,7 +113,7 @@ def read_run(directory: str) -> RunLog:
     return log
 
 
-def _rows(lines: Sequence[str]) -> Iterator[dict[str, float]]:
+def _rows(lines: Iterable[str]) -> Iterator[dict[str, float]]:
     for row in map(_parsed, lines):
         if isinstance(row, dict):
             yield {name: value for name, value in row.items() if isinstance(value, int | float)}

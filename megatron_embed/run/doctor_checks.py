@@ -15,9 +15,6 @@ from megatron_embed.run.input_checks import check_inputs, readable_shape
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
 
-FILES_OF_A_RANK, CONNECTIONS_PER_RANK = 100, 2
-"""Open files of a rank itself (71 on CPU ranks, tools/bench_groups.py), and connections to the run's store."""
-
 
 def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_free_gib: int) -> list[Check]:
     """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well.
@@ -34,7 +31,9 @@ def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_fre
 
 def _open_files(ranks: int) -> Check:
     """Whether the process that hosts the run's store may have a connection of every rank, and one of its heartbeats."""
-    needed = FILES_OF_A_RANK + CONNECTIONS_PER_RANK * ranks
+    from megatron_embed.planning.report import files_of_store_process
+
+    needed = files_of_store_process(ranks)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = hard == resource.RLIM_INFINITY
     return Check(name="open files", value=f"up to {'any number' if unlimited else f'{hard:,}'} (now {soft:,}); "

@@ -1,16 +1,16 @@
 """What a run notes of every step, so that the command `audit` can replay it and compare: audit.jsonl."""
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_embed.batch import StepBatch
+from megatron_embed.checkpoint.log_files import LogWriter
 from megatron_embed.checkpoint.parameter_checksums import (
     ParameterChecksum,
     ParameterChecksums,
@@ -21,7 +21,6 @@ from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.training.fingerprints import as_signed, fingerprint, named
-from megatron_embed.training.run_files import cut_after, move_aside
 from megatron_embed.training.step import Trainer
 
 AUDIT_FILE = "audit.jsonl"
@@ -37,10 +36,11 @@ class AuditLog:
         directory: None: nothing is written, and no method communicates.
         every: steps between checksums of the parameters; 0: only at starts and saves.
         share: queries of a step on each data-parallel rank.
+        max_mib: as of LogWriter.
     """
 
     def __init__(self, directory: str | None, trainer: Trainer, topology: Topology, *, first_step: int, every: int,
-                 share: int) -> None:
+                 share: int, max_mib: int) -> None:
         self.error: UserError | None = None
         self._directory, self._topology, self._trainer = directory, topology, trainer
         self._every, self._share = every, share
@@ -48,10 +48,10 @@ class AuditLog:
         # Parameters are then complete only where they are summed up.
         self._gathers_late = directory is not None and any(
             chunk.ddp_config.overlap_param_gather for chunk in trainer.chunks)
-        self._file: TextIO | None = None
+        self._file: LogWriter | None = None
         if directory is not None and topology.rank == 0:
             with self._noting_errors():
-                self._open(Path(directory) / AUDIT_FILE, first_step)
+                self._file = LogWriter(Path(directory) / AUDIT_FILE, first_step=first_step, max_mib=max_mib)
 
     def start(self, step: int, facts: Mapping[str, Any]) -> None:
         """Note a start after `step` steps: what the run is, and its parameters."""
@@ -107,19 +107,10 @@ class AuditLog:
         groups = self._topology.groups
         return groups.tp.rank() == 0 and groups.pp.rank() == 0 and groups.cp.rank() == 0
 
-    def _open(self, path: Path, first_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if first_step:
-            cut_after(path, first_step)
-        else:
-            move_aside(path)
-        self._file = path.open("a", encoding="utf-8")
-
     def _write(self, record: Mapping[str, Any]) -> None:
         if self._file is not None:
             with self._noting_errors():
-                self._file.write(json.dumps(record) + "\n")
-                self._file.flush()
+                self._file.append(record)
 
     @contextlib.contextmanager
     def _noting_errors(self) -> Iterator[None]:

@@ -92,7 +92,7 @@ def text_hashes(micro_batches: Sequence[MicroBatch], num_rows: int) -> tuple[Has
 
 
 def set_hashes(texts: Hashes) -> Hashes:
-    """What each text adds to the hash of a set of texts."""
+    """Each text's summand of the hash of a set of texts."""
     return _finished(texts)
 
 

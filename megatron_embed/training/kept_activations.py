@@ -47,7 +47,7 @@ class KeptActivations:
     """At most so many of a data-parallel rank, padding included; None: any number."""
 
     def count(self, micro_batches: Sequence[MicroBatch], group: dist.ProcessGroup) -> int:
-        """How many of the first micro-batches of a step keep their activations, the same on every rank of `group`.
+        """The number of the first micro-batches of a step that keep their activations, equal on all ranks of `group`.
 
         Args:
             group: the data-parallel group, whose ranks have equally many micro-batches but other numbers of tokens;
@@ -89,7 +89,7 @@ def build_kept_activations(config: RunConfig, shape: ModelShape, topology: Topol
 
 
 def why_not(config: RunConfig, shape: ModelShape, topology: Topology) -> str | None:
-    """Why `auto` keeps no activations of this run, whatever the memory; None: it may."""
+    """The reason why `auto` keeps no activations of this run, whatever the memory; None: it may."""
     if topology.pp_size > 1:
         return "a pipeline computes every micro-batch again"
     merged = topology.device.type == "cuda" and first_pass_micro_batches(config, shape, grid_of(

@@ -1,7 +1,6 @@
 """A run's metrics: measured speed and memory; written to metrics.jsonl, TensorBoard, Weights & Biases and the log."""
 
 import contextlib
-import json
 import logging
 import math
 import re
@@ -9,12 +8,14 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_embed.checkpoint.log_files import LogWriter
+from megatron_embed.config.schema import LoggingConfig
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.parallel.collectives import largest_of_each
@@ -24,7 +25,6 @@ from megatron_embed.planning.hardware import gpu_named
 from megatron_embed.platform.heap import resident_bytes
 from megatron_embed.training.dashboards import CUSTOM_SCALARS, open_wandb
 from megatron_embed.training.progress import Progress, TerminalLine
-from megatron_embed.training.run_files import cut_after, move_aside
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ LOGGED_OF_EVALUATIONS = ("loss", "ndcg@10", "spearman")
 truncated vectors are only in the files."""
 LOGGED_MARGINS = ("margin_to_mean_negative", "margin_to_hardest_negative")
 """Metrics of the held-out rows that end that line."""
+METRICS_FILE = "metrics.jsonl"
 OnStep = Callable[[int, Mapping[str, float]], None]
 """(step, metrics): called on every rank after each step, and after each evaluation with the keys `eval/NAME`."""
 
@@ -99,14 +100,14 @@ class MetricsWriter:
     `error`, which the loop raises on all ranks before the next step. The terminal's last line stays below the log's.
     """
 
-    def __init__(self, directory: str | None, *, tensorboard: bool, progress: Progress, active: bool,
+    def __init__(self, directory: str | None, *, settings: LoggingConfig, progress: Progress, active: bool,
                  wandb_settings: dict[str, Any] | None = None, main_metric: str | None = None,
                  on_step: OnStep | None = None) -> None:
         """`wandb_settings`: the resolved configuration, for a run at Weights & Biases; None: no such run.
 
         `main_metric`: the evaluation metric that compares checkpoints; the log line of evaluations begins with it.
         """
-        self.file: TextIO | None = None
+        self.file: LogWriter | None = None
         self.board: Any = None
         self.wandb: Any = None
         self.error: UserError | None = None
@@ -115,7 +116,7 @@ class MetricsWriter:
         self._active, self._main_metric, self._on_step = active, main_metric, on_step
         if active and directory is not None:
             with self._noting_errors():
-                self._open(Path(directory), tensorboard, progress.first_step)
+                self._open(Path(directory), settings, progress.first_step)
             if self.error is None and wandb_settings is not None:
                 self.wandb = open_wandb(Path(directory), wandb_settings)
         self._terminal = TerminalLine(active=active)
@@ -163,14 +164,9 @@ class MetricsWriter:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def _open(self, directory: Path, tensorboard: bool, first_step: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        if first_step:
-            cut_after(directory / "metrics.jsonl", first_step)
-        else:
-            move_aside(directory / "metrics.jsonl")
-        self.file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        if tensorboard:
+    def _open(self, directory: Path, settings: LoggingConfig, first_step: int) -> None:
+        self.file = LogWriter(directory / METRICS_FILE, first_step=first_step, max_mib=settings.max_file_mib)
+        if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
@@ -181,12 +177,13 @@ class MetricsWriter:
             if self.file is not None:
                 # JSON has no NaN.
                 known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-                self.file.write(json.dumps({"step": step, **known}) + "\n")
-                self.file.flush()
+                if self.file.append({"step": step, **known}) and self.board is not None:
+                    self.board.close()  # the next scalar opens another file of events
             named = {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
             if self.board is not None:
                 for name, value in named.items():
                     self.board.add_scalar(name, value, step)
+                self.board.flush()  # a run that is killed leaves no gap in its curves
             if self.wandb is not None:
                 self.wandb.log(named, step=step)
 

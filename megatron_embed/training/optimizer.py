@@ -197,7 +197,7 @@ def main_matrices(chunks: Sequence[EmbeddingModel], topology: Topology) -> dict[
 
 
 def slice_positions(optimizer: DistributedOptimizer) -> dict[Tensor, SlicePosition]:
-    """Which elements of the model's parameter each main parameter of this rank is."""
+    """The elements of the model's parameter that each main parameter of this rank holds."""
     positions = {}
     for owned in owned_slices(optimizer):
         group, index = optimizer.model_param_group_index_map[owned.parameter]

@@ -101,6 +101,7 @@ class Told:
 
 
 def calls_of_an_early_end(saved):
+    from megatron_embed.config.schema import LoggingConfig
     from megatron_embed.training.audit_log import AuditLog
     from megatron_embed.training.loop import Hooks, leave_early
     from megatron_embed.training.metrics import MetricsWriter
@@ -108,11 +109,11 @@ def calls_of_an_early_end(saved):
     from megatron_embed.training.stopping import StopRequest
 
     told = Told()
-    writer = MetricsWriter(None, tensorboard=False, active=False,
+    writer = MetricsWriter(None, settings=LoggingConfig(tensorboard=False), active=False,
                            progress=Progress(train_steps=9, first_step=0, steps_per_epoch=None))
     hooks = Hooks(load_batch=None, evaluate=None, agree=None, is_best=None, is_over=lambda: False, saver=told,
                   save_due=lambda step: False, stop=StopRequest(None), writer=writer, health=None,
-                  audit_log=AuditLog(None, None, None, first_step=0, every=0, share=0))
+                  audit_log=AuditLog(None, None, None, first_step=0, every=0, share=0, max_mib=0))
     with pytest.raises(PreemptedError, match="stopped after 3 steps"):
         leave_early(hooks, 3, saved)
     return told.calls

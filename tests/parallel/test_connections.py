@@ -4,11 +4,15 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.parallel import connections
+from megatron_embed.parallel.collectives import gather_to_first
 from megatron_embed.parallel.topology import initialize
 from tests.helpers.ranks import run_on_ranks
 
@@ -37,6 +41,43 @@ def test_eight_ranks_need_few_sockets():
         assert sums == sizes == {"tp": 2, "pp": 2, "mp": 4, "dp": 2, "dp_cp": 2, "tp_dp_cp": 4, "tp_cp": 2}
         assert shared
         assert opened <= 26
+
+
+def gathered_and_scattered():
+    """What a checkpoint's plans become: (this rank's answer, where a rank fails, sockets that it all opened)."""
+    import megatron_embed.checkpoint.load  # noqa: F401  its plans go along a tree
+
+    initialize(ParallelConfig())
+    before, rank, size = sockets(), dist.get_rank(), dist.get_world_size()
+    wrapper = _DistWrapper(None, True, 0)
+    answer = wrapper.reduce_scatter("plan", lambda: {"rank": rank}, lambda plans: [
+        (plan["rank"], [other["rank"] for other in plans]) for plan in plans])
+    failures = []
+    for failing in (0, size - 1):  # torch passes the error of one rank to all
+
+        def fail(failing=failing):
+            if rank == failing:
+                raise ValueError(f"rank {failing} cannot")
+
+        for step in (wrapper.reduce_scatter, wrapper.all_reduce):
+            with pytest.raises(CheckpointException) as caught:
+                step("plan", fail, lambda plans: plans)
+            failures.append({failed: str(error[0]) for failed, error in caught.value.failures.items()})
+    opened = sockets() - before
+    group = dist.new_group(list(range(1, size)))  # its first rank is not the world's
+    return answer, failures, opened, rank and gather_to_first(rank, group)
+
+
+@pytest.mark.parametrize("ranks", [2, 5, 8])
+def test_ranks_of_a_save_are_connected_along_a_tree(ranks):
+    """All values arrive in order, and errors everywhere; by gloo's own gather the first rank is connected to all."""
+    everyone = list(range(ranks))
+    results = run_on_ranks(gathered_and_scattered, ranks)
+    for rank, (answer, failures, opened, of_group) in enumerate(results):
+        assert answer == (rank, everyone)
+        assert failures == [{failing: f"rank {failing} cannot"} for failing in (0, 0, ranks - 1, ranks - 1)]
+        assert opened <= 3, "log2(8); some are open already"
+        assert of_group == {0: 0, 1: everyone[1:]}.get(rank)
 
 
 def test_a_process_may_open_what_the_system_allows():

@@ -97,7 +97,7 @@ def test_tensorboard_gets_the_scalars_and_their_groups(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.custom_scalar import layout_pb2
 
-    writer = MetricsWriter(str(tmp_path), tensorboard=True, active=True, progress=Progress(
+    writer = MetricsWriter(str(tmp_path), settings=LoggingConfig(), active=True, progress=Progress(
         train_steps=2, first_step=0, steps_per_epoch=4))
     writer.step(1, METRICS, log=True)
     writer.close()
@@ -117,8 +117,10 @@ def test_weights_and_biases_gets_the_same_and_goes_on_with_its_run(tmp_path, mon
     try:
         for first_step, known in ((0, None), (1, "abc")):
             assert first_step or "wandb" not in sys.modules  # imported only when asked for
-            writer = MetricsWriter(str(tmp_path / "run"), tensorboard=False, active=True, progress=Progress(
-                train_steps=2, first_step=first_step, steps_per_epoch=None), wandb_settings={"task": "embedding"})
+            writer = MetricsWriter(
+                str(tmp_path / "run"), settings=LoggingConfig(tensorboard=False), active=True,
+                progress=Progress(train_steps=2, first_step=first_step, steps_per_epoch=None),
+                wandb_settings={"task": "embedding"})
             writer.step(first_step + 1, METRICS, log=True)
             writer.close()
             calls = sys.modules["wandb"].calls

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from megatron_embed.config.schema import LoggingConfig
 from megatron_embed.training import progress
 from megatron_embed.training.metrics import MetricsWriter
 from megatron_embed.training.progress import Progress, duration
@@ -23,8 +24,8 @@ STEP_LINE = (r"step 2  loss 1.2500  in batch accuracy 0.500  grad norm 2.000  lr
 
 def written(directory, *, active=True, on_step=None):
     run = Progress(train_steps=3, first_step=0, steps_per_epoch=2.5)
-    writer = MetricsWriter(directory, tensorboard=False, progress=run, active=active, main_metric="recall@10",
-                           on_step=on_step)
+    writer = MetricsWriter(directory, settings=LoggingConfig(tensorboard=False), progress=run, active=active,
+                           main_metric="recall@10", on_step=on_step)
     writer.step(1, STEP, log=False)
     writer.step(2, STEP, log=True)
     writer.evaluation(2, EVALUATION)

@@ -1,0 +1,164 @@
+"""Logs of lines of JSON: a run appends to them, a resumed run continues them, and a long one is several files.
+
+The newest lines are in NAME.jsonl, older ones in NAME.000001.jsonl, NAME.000002.jsonl, ... A kill between any two
+calls of the file system leaves a log that can be read and continued.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 1 << 16
+_NUMBER = "[0-9]" * 6
+
+
+class LogWriter:
+    """Appends records to a log; each is in the file when `append` returns.
+
+    Raises OSError from every method if the log cannot be written.
+    """
+
+    def __init__(self, path: Path, *, first_step: int, max_mib: int) -> None:
+        """Continue the log after optimizer step `first_step`; 0: a new log, an earlier run's is kept.
+
+        Args:
+            path: of the newest file.
+            max_mib: MiB above which a file is renamed and a new one begins; 0: never.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if first_step:
+            cut_after(path, first_step)
+        else:
+            move_aside(path)
+        self._path, self._file = path, path.open("ab")
+        status = os.fstat(self._file.fileno())
+        self._size, self._max_size = status.st_size, max_mib * 2**20 if stat.S_ISREG(status.st_mode) else 0
+
+    def append(self, record: Mapping[str, Any]) -> bool:
+        """Write a record as one line. Returns whether it is the first of a new file."""
+        line = (json.dumps(record) + "\n").encode()
+        is_first = 0 < self._max_size < self._size + len(line) and self._size > 0
+        if is_first:
+            self._begin_file()
+        self._file.write(line)
+        self._file.flush()
+        self._size += len(line)
+        return is_first
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _begin_file(self) -> None:
+        older = older_files(self._path)
+        number = int(older[-1].stem.rpartition(".")[2]) + 1 if older else 1
+        self._path.rename(_numbered(self._path, f"{number:06d}"))
+        full, self._file, self._size = self._file, self._path.open("ab"), 0
+        full.close()
+
+
+def older_files(path: Path) -> list[Path]:
+    """The files of a log beside its newest one, oldest first."""
+    return sorted(path.parent.glob(f"{path.stem}.{_NUMBER}{path.suffix}"))
+
+
+def log_exists(path: Path) -> bool:
+    """Whether there is such a log, its newest file or, after a kill at the wrong moment, an older one."""
+    return path.is_file() or bool(older_files(path))
+
+
+def lines_of_log(path: Path) -> Iterator[tuple[Path, int, str]]:
+    """(file, number of the line in it, line with its end) of all lines of a log, oldest first. The run may go on.
+
+    Raises OSError if there is no such log, or it cannot be read.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            # Opened first: if the run renames it from now on, it is found by its new name, and is still the last.
+            newest = stack.enter_context(path.open(encoding="utf-8", errors="replace"))
+        except FileNotFoundError:
+            newest = None
+        older = older_files(path)
+        if newest is None and not older:
+            raise FileNotFoundError(2, os.strerror(2), str(path))
+        for part in older:
+            with part.open(encoding="utf-8", errors="replace") as file:
+                if newest is not None and os.path.sameopenfile(file.fileno(), newest.fileno()):
+                    break
+                yield from ((part, number, line) for number, line in enumerate(file, start=1))
+        if newest is not None:
+            yield from ((path, number, line) for number, line in enumerate(newest, start=1))
+
+
+def move_aside(path: Path) -> None:
+    """Keep an earlier run's log as NAME.1.jsonl, NAME.2.jsonl, ... when a new run starts in its directory."""
+    _restore_newest(path)
+    if path.exists() and path.stat().st_size:
+        suffix = 1
+        while (kept := _numbered(path, str(suffix))).exists():
+            suffix += 1
+        for part in older_files(path):  # before the newest, which shows that the move is complete
+            part.rename(_numbered(kept, part.stem.rpartition(".")[2]))
+        path.rename(kept)
+        logger.info("kept the %s of an earlier run as %s", path.stem, kept)
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines of a log after optimizer step `step`, which a resumed run writes again, and a last line that a
+    kill cut short. Reads from the end, only what is dropped: a run of a million steps resumes at once."""
+    _restore_newest(path)
+    while path.exists():
+        end = path.stat().st_size
+        for start, line in _lines_from_end(path):
+            if line.endswith(b"\n") and _step_of(line) <= step:
+                break
+            end = start
+        if end < path.stat().st_size:
+            os.truncate(path, end)
+        if end or not _restore_newest(path):
+            return
+
+
+def _numbered(path: Path, number: str) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def _restore_newest(path: Path) -> bool:
+    """Rename the last of the older files to the newest if that is empty or missing. Returns whether it did."""
+    older = older_files(path)
+    if not older or (path.exists() and path.stat().st_size):
+        return False
+    older[-1].replace(path)
+    return True
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; more than any for one that is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, line with its end) of every line, the last first."""
+    with path.open("rb") as file:
+        position, rest = file.seek(0, os.SEEK_END), b""
+        while position:
+            size = min(_BLOCK, position)
+            position -= size
+            file.seek(position)
+            rest = file.read(size) + rest
+            lines = rest.splitlines(keepends=True)
+            rest, offset = lines[0], position + len(rest)
+            for line in reversed(lines[1:]):
+                offset -= len(line)
+                yield offset, line
+        if rest:
+            yield 0, rest
