@@ -18,7 +18,7 @@ REFUSED = {
     "lengths": (["embedding.precision=[float32, binary]", "embedding.normalize=false"],
                 "precision = .*signs have no length.*leave binary out"),
     "tokens": (["embedding.precision=[int8]", "embedding.head=multi_vector", "objective.temperature=1"],
-               "precision = .*vectors of every token are kept in float32"),
+               "precision = .*such vectors are kept in float32"),
     "reranker": (["embedding.precision=[int8]", "task=reranker", "objective.loss=pointwise"],
                  "precision = .*scores and no vectors"),
 }

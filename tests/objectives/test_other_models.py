@@ -126,7 +126,7 @@ def replica_results():
     variant, fixed, results = COMPATIBLE[0], FixedVectors(old_document=OLD), []
     embeddings, batch = variant_batch(0, variant)
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    groups = ModelParallelGroups(tp_cp=dist.group.WORLD, tp_dp_cp=dist.group.WORLD)
+    groups = ModelParallelGroups(tp_cp=dist.group.WORLD, tp_dp_cp=dist.group.WORLD, tp=dist.group.WORLD)
     both = config_of(*changed(variant, compatible_with="old"))
     only = query_side(config_of({"temperature": 0.1, "mask_duplicates": True}))
     for config, rows, own in ((both, embeddings, batch), (
