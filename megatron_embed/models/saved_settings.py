@@ -244,8 +244,11 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     if not include_prompt and any([*prompts.values(), named.get(default or "")]):
         raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with "
                               "prompts; set it to true, or empty the prompts in config_sentence_transformers.json")
-    similarity: Similarity = (
-        "dot" if settings.get("similarity_fn_name") in ("dot", "dot_product") else "cosine")
+    compared = settings.get("similarity_fn_name")
+    if sparse and compared not in (None, "dot", "dot_product"):
+        raise CheckpointError(f"{file}: similarity_fn_name = {compared!r}: sparse vectors are compared by dot product "
+                              "here; write 'dot', if the model may be used so")
+    similarity: Similarity = "dot" if sparse or compared in ("dot", "dot_product") else "cosine"
     return SavedSettings(
         pooling=pooling, dense=dense, normalize=normalize, prompts=prompts, named_prompts=named,
         default_prompt_name=default, similarity=similarity, role_lengths=role_lengths,

@@ -456,8 +456,8 @@ CURVE_BOUND = 1e-4
 
 SPARSE_TEMPERATURE = 10.0
 """Divides sums over hundreds of tokens of the vocabulary."""
-SPARSE_WEIGHTS = {"flops": (0.004, 0.003), "tied": (0.004, 0.003), "l1": (0.005, 0.004)}
-"""Of the regularizers of queries and documents: terms of about the size of the loss."""
+SPARSE_WEIGHTS = {"flops": (0.001, 0.0008), "tied": (0.001, 0.0008), "l1": (0.001, 0.0008)}
+"""Of the regularizers of queries and documents: terms of about half the size of the loss."""
 MULTI_VECTOR_TEMPERATURE = 0.5
 """Divides sums over a dozen vectors."""
 

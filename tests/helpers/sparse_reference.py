@@ -47,9 +47,10 @@ def save_sparse_model(path: Path, config_name: str, settings: dict[str, Any], *,
     `taught`: to tell rows of the English sample apart by sparse vectors.
     """
     torch.manual_seed(seed)
+    is_encoder = "bert" in config_name.lower()
     config = getattr(transformers, config_name)(**{
-        **settings, "vocab_size": VOCABULARY, "tie_word_embeddings": tied or "Bert" in config_name})
-    auto = transformers.AutoModelForMaskedLM if "Bert" in config_name else transformers.AutoModelForCausalLM
+        **settings, "vocab_size": VOCABULARY, "tie_word_embeddings": tied or is_encoder})
+    auto = transformers.AutoModelForMaskedLM if is_encoder else transformers.AutoModelForCausalLM
     model = auto.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
