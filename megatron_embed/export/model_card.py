@@ -218,6 +218,10 @@ def _what(config: RunConfig, dim: int | None) -> str:
     also = f" Trained to be cut to {', '.join(map(str, widths))} numbers as well." if widths else ""
     stored = [precision for precision in config.embedding.precision if precision != "float32"]
     also += f" Trained to be stored as {' and '.join(stored)} as well." if stored else ""
+    if config.training.query_side_only:
+        old = config.objective.compatible_with or config.model.path
+        also += (f" For queries alone: documents keep the vectors of {Path(old).name if _is_local(old) else old}, with "
+                 "which new ones are embedded too.")
     if config.embedding.head == "multi_vector":
         return (f"A multi-vector embedding model: texts to a vector of {dim} numbers for every token, compared by "
                 f"MaxSim; {by}")

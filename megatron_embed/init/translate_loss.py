@@ -82,9 +82,13 @@ def _remark_on_variants(draft: Draft, name: str) -> None:
         draft.set("objective.directions", ["query_to_document", "document_to_query"], "symmetric")
         draft.set("objective.partition", "per_direction", "symmetric: the mean of both directions")
     if "gist" in name:
-        draft.remark("GISTEmbedLoss: a guide model is not supported; objective.mask_margin excludes likely positives "
-                     "by the model's own similarity")
-        draft.set("objective.mask_margin", 0.0, "in place of the guide: no candidate more similar than the positive")
+        guide = draft.given("guide")
+        if guide is not None and isinstance(guide[0], str):
+            draft.set("objective.guide_model", guide[0], guide[1])
+        else:
+            draft.remark("GISTEmbedLoss: name the guide's directory in objective.guide_model; without it mask_margin "
+                         "excludes likely positives by the model's own similarity")
+        draft.set("objective.mask_margin", 0.0, "GISTEmbedLoss: no candidate more similar than the positive")
     if name.startswith("cached") and draft.settings.peek("mini_batch_size") is None:
         draft.remark("the gradient cache is always on: lower training.micro_batch_size to the size of its chunks")
     if name in ("listmle", "plistmle"):

@@ -107,12 +107,15 @@ def test_evaluations_of_a_query_side_run_search_the_index(folder, small_beir, tm
     evaluation = {"retrieval": [str(small_beir)], "every_steps": 2}
     values = run_of(folder, tmp_path / "run", training={"query_side_only": True}, evaluation=evaluation,
                     vector_cache=tmp_path / "cache")
+    values["checkpoint"]["export_at_end"] = str(tmp_path / "export")
     run = trained(values)
+    assert "For queries alone: documents keep the vectors of model," in (tmp_path / "export" / "README.md").read_text()
     found = json.loads(called("evaluate", "--model", tmp_path / "run", "--data", small_beir, "--documents-from",
                               folder / "model"))
     assert run[2]["eval/ndcg@10"] == pytest.approx(found["ndcg@10"], abs=1e-6)
     assert run[0]["eval/ndcg@10"] == pytest.approx(
         json.loads(called("evaluate", "--model", folder / "model", "--data", small_beir))["ndcg@10"], abs=1e-6)
+    del values["checkpoint"]["export_at_end"]
     resumed = trained({**values, "training": {**values["training"], "train_steps": 3}})
     assert resumed[3]["loss"] > 0
 

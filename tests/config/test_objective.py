@@ -2,10 +2,12 @@
 
 import pytest
 
+from megatron_embed.config.evaluation import EvaluationConfig, EvaluationSet
 from megatron_embed.config.objective import CONTRASTIVE, LABELLED_PAIRS, WITH_HARD_NEGATIVES, ObjectiveConfig
-from megatron_embed.config.schema import DataConfig, EmbeddingConfig, ModelConfig, RunConfig, TrainFile
+from megatron_embed.config.schema import DataConfig, EmbeddingConfig, ModelConfig, RunConfig, TrainFile, TrainingConfig
 from megatron_embed.errors import ConfigError
 
+QUERY_SIDE = TrainingConfig(query_side_only=True)
 ALL = ("query_to_document", "query_to_query", "document_to_document", "document_to_query")
 
 
@@ -30,6 +32,14 @@ ALL = ("query_to_document", "query_to_query", "document_to_document", "document_
     ({"learnable_temperature": True, "temperature_learning_rate": 0.0}, "temperature_learning_rate = 0.0: must be > 0"),
     ({"loss": "cosent", "learnable_temperature": True}, "only with info_nce, sigmoid; remove it"),
     ({"loss": "sigmoid", "hardness": "all_negatives", "hardness_strength": 1.0}, "has no effect with loss = 'sigmoid'"),
+    ({"compatible_with": "old", "compatible_weight": 0.0}, "objective.compatible_weight = 0.0: must be > 0"),
+    ({"compatible_weight": 2.0}, "compatible_weight = 2.0: has no effect without objective.compatible_with"),
+    ({"compatible_texts": "a.jsonl"}, "compatible_texts = 'a.jsonl': has no effect without objective.compatible_with"),
+    ({"loss": "cosent", "compatible_with": "old"}, "objective.compatible_with = 'old': has no effect with loss"),
+    ({"loss": "triplet", "guide_model": "guide"}, "objective.guide_model = 'guide': has no effect with loss"),
+    ({"loss": "embedding_distillation"}, "objective.teacher_model = None: must name the teacher's directory"),
+    ({"teacher_model": "teacher"}, "only with embedding_distillation; remove it"),
+    ({"teacher_projection": True}, "only with embedding_distillation; remove it"),
 ])
 def test_settings_of_the_loss_that_do_not_go_together(settings, words):
     with pytest.raises(ConfigError, match=words):
@@ -51,6 +61,28 @@ def test_settings_that_do_not_go_with_other_sections(objective, data, dims, word
     with pytest.raises(ConfigError, match=words):
         RunConfig(model=ModelConfig(path="m"), objective=ObjectiveConfig(**objective), data=DataConfig(**data),
                   embedding=EmbeddingConfig(matryoshka_dims=dims))
+
+
+@pytest.mark.parametrize("objective, sections, words", [
+    ({"vector_cache": "cache"}, {}, "objective.vector_cache = 'cache': no other model embeds texts"),
+    ({"compatible_with": "old", "temperature": 1.0}, {"embedding": EmbeddingConfig(head="multi_vector")},
+     "objective.compatible_with = 'old': texts have a vector for every token"),
+    ({"guide_model": "guide", "temperature": 1.0}, {"embedding": EmbeddingConfig(head="multi_vector")},
+     "objective.guide_model = 'guide': texts have a vector for every token"),
+    ({"loss": "embedding_distillation", "teacher_model": "t"}, {"embedding": EmbeddingConfig(matryoshka_dims=(8,))},
+     "a teacher's vectors have all their dimensions"),
+    ({"loss": "cosent"}, {"training": QUERY_SIDE}, "training.query_side_only = True: .*trains documents too"),
+    ({"negatives": "micro_batch"}, {"training": QUERY_SIDE}, "set it to global_batch"),
+    ({"compatible_with": "old", "compatible_weight": 2.0}, {"training": QUERY_SIDE}, "which has that loss alone"),
+    ({"directions": ALL}, {"training": QUERY_SIDE}, "only query_to_document and query_to_query have an effect"),
+    ({}, {"training": QUERY_SIDE, "evaluation": EvaluationConfig(sts=(EvaluationSet(path="pairs.jsonl"),))},
+     "evaluation.sts = .*documents come from the index"),
+    ({}, {"training": QUERY_SIDE, "evaluation": EvaluationConfig(reranking=("lists.jsonl",))},
+     "evaluation.reranking = .*documents come from the index"),
+])
+def test_settings_that_do_not_go_with_vectors_of_other_models(objective, sections, words):
+    with pytest.raises(ConfigError, match=words):
+        RunConfig(model=ModelConfig(path="m"), objective=ObjectiveConfig(**objective), **sections)
 
 
 def test_which_losses_couple_the_batch():

