@@ -44,7 +44,7 @@ class Embedder:
 
     @property
     def similarity(self) -> Similarity | Literal["maxsim"]:
-        """What the directory says its vectors are compared by."""
+        """The similarity function that the directory names."""
         return self._model.saved.similarity if self._model.saved.vectors is None else "maxsim"
 
     def encode(self, texts: str | Sequence[str], role: Role = "document", *,

@@ -219,7 +219,7 @@ def save(given: Path, name: str, directory: Path, pooling: Pooling) -> None:
 
 
 def _save_dense(directory: Path, width: int, outputs: tuple[int, ...]) -> tuple[DenseSettings, ...]:
-    """Write Dense modules as EmbeddingGemma's, without bias and activation; what the directory says of them."""
+    """Write Dense modules as EmbeddingGemma's, without bias and activation; return their settings."""
     modules = []
     for index, size in enumerate(outputs, 2):
         settings = DenseSettings(in_features=width, out_features=size, bias=False, activation="identity",

@@ -133,7 +133,7 @@ def check_negatives(config: RunConfig, run_size: int, size: int) -> None:
 
 
 def weight_problems(log: RunLog, done: int, checkpoint: Path | None) -> list[str]:
-    """What is wrong with the files of the checkpoint, in words."""
+    """Sentences on damaged or missing files of the checkpoint."""
     if checkpoint is None:
         return []
     changed = changed_files(checkpoint)
@@ -188,7 +188,7 @@ class _Work:
                     if position in masked else {})} for position, row in enumerate(rows)]
 
     def _at_start(self) -> Difference | None:
-        """What differs before any step is replayed: settings, rows of the data, weights."""
+        """The first difference before any step is replayed: in settings, rows of the data or weights."""
         record, start = self._weights_record(), self.log.start_of(self.step)[1]
         known = describe_rows(self.replay.inputs.records, self.replay.inputs.order)
         if known != start["rows"]:
@@ -252,7 +252,7 @@ class _Work:
 
     @staticmethod
     def _differing_copies(record: Mapping[str, Any]) -> Difference | None:
-        """What the run itself noted of its ranks at this step."""
+        """The difference between ranks that the run itself noted at this step."""
         if record.get("replica_differs"):
             return Difference(step=record["step"], part="copies", values={"rows of a replica's ranks": ("differ", "")})
         if "drifted" in record:

@@ -35,12 +35,12 @@ class Case:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the run noted of the step."""
+        """The log's record of the step."""
         return {**self.log.saves.get(self.step, {}), **self.log.steps[self.step]}
 
     @property
     def start(self) -> dict[str, Any]:
-        """What the run noted of the start in which the step was made."""
+        """The log's record of the start in which the step was made."""
         return self.log.start_of(self.step)[1]
 
     @property

@@ -92,7 +92,7 @@ def _tokenizers(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
 
 
 def _replayed(case: Case, name: str) -> Any:
-    """What a hash must be; as logged, if it does not differ."""
+    """The replayed value of a hash; the logged one, if it does not differ."""
     return case.difference.values.get(name, (None, case.record[name]))[1]
 
 
@@ -143,7 +143,7 @@ def _documents(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
 
 
 def _positions(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
-    """Positions that go on from text to text, or texts in each other's role."""
+    """Positions that are counted across texts, or texts in each other's role."""
     batch = _built(case, loader)
     running = replace(batch, micro_batches=tuple(
         replace(micro, position_ids=torch.arange(len(micro.position_ids))) for micro in batch.micro_batches))
@@ -199,7 +199,7 @@ def _row_of(case: Case, role: str, position: int) -> str:
 
 
 def _counts(case: Case) -> list[Cause]:
-    """What the numbers of texts and tokens say, where no trial gave the ids."""
+    """Causes that the numbers of texts and tokens show, where no trial gave the ids."""
     found, record, values = [], case.record, case.difference.values
     for role, count in (("query", "queries"), ("document", "documents")):
         logged, replayed = values.get(f"{role}_tokens", (record[f"{role}_tokens"],) * 2)
@@ -221,7 +221,7 @@ def _counts(case: Case) -> list[Cause]:
 
 
 def _labels(case: Case) -> list[Cause]:
-    """Which labels give the logged hash."""
+    """Changes of the labels that give the logged hash."""
     batch = case.replay.batch(case.step)
     for shift in (1, -1, 2, -2) if isinstance(batch, EmbedBatch) else ():
         for field in ("positive_index", "query_ids", "scores", "teacher_scores"):

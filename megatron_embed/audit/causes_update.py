@@ -87,7 +87,7 @@ def _replay_with(case: Case, change: Change | None, changed: range, end: int) ->
 
 
 def _by_tensor(case: Case) -> list[Cause]:
-    """Which tensors' update differs, where a checkpoint was saved after the step."""
+    """Causes by tensor: those whose update differs, where a checkpoint was saved after the step."""
     if "save" not in case.record:
         return []
     replay = case.replay

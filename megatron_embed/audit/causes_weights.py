@@ -9,7 +9,7 @@ _SHOWN = 3
 
 
 def explain(case: Case) -> list[Cause]:
-    """What is wrong with the checkpoint, the first weights or the settings."""
+    """Causes in the checkpoint, the first weights or the settings."""
     found = [Cause(name="changed file of the checkpoint", text=problem) for problem in case.problems
              if "config.yaml" not in problem]
     changed = [problem for problem in case.problems if "config.yaml" in problem]
@@ -40,7 +40,7 @@ def explain(case: Case) -> list[Cause]:
 
 
 def _named_tensors(case: Case) -> list[Cause]:
-    """Which tensors are others, where the log has them one by one."""
+    """Causes by tensor: those that differ, where the log has them one by one."""
     record = case.log.saves.get(case.done) if case.done else None
     if record is None:
         return [Cause(name="other first weights", text="the weights of model.path are not those that the run began "
@@ -58,7 +58,7 @@ def _named_tensors(case: Case) -> list[Cause]:
 
 
 def differing_copies(case: Case) -> list[Cause]:
-    """Which ranks hold other values than those that should be equal to theirs."""
+    """Causes by rank: those whose values differ from the ranks' that should have the same."""
     record = case.record
     if record.get("replica_differs"):
         return [Cause(name="ranks of a replica with different rows", text="tensor-, pipeline- or context-parallel "

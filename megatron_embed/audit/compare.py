@@ -105,7 +105,7 @@ def number_difference(step: int, record: Mapping[str, Any], replayed: Mapping[st
 
 def update_difference(step: int, record: Mapping[str, Any], updated: Mapping[str, float],
                       norms: Mapping[str, float], tolerance: Tolerance) -> Difference | None:
-    """What differs of the learning rate and, where they are logged, of norms of the parameters after the update."""
+    """The difference in the learning rate or, where they are logged, in norms of the parameters after the update."""
     logged = record["metrics"]
     for name, part in (("learning_rate", "learning rate"), ("skipped", "update")):
         if not math.isclose(logged[name], updated[name], rel_tol=1e-9, abs_tol=1e-30):

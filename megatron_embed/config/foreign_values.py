@@ -78,5 +78,5 @@ def our_value(key: str, value: object) -> str | None:
 
 
 def reason(key: str, value: object) -> str | None:
-    """What to do instead of a value that has no counterpart; None if the tables do not know it."""
+    """Advice for a value that has no counterpart; None if the tables do not know it."""
     return REASONS.get(key, {}).get(plain(value))

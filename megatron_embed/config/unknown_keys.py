@@ -67,7 +67,7 @@ class _Known:
         yield f"{node.location}: unknown key '{dotted}'; {self._remedy(target, dotted)}"
 
     def _remedy(self, target: Any, dotted: str) -> str:
-        """What the key is here, the same key in another section, the nearest key, or the list of known keys."""
+        """The key's name here, the same key in another section, the nearest key, or the list of known keys."""
         key = dotted.rpartition(".")[2]
         own = [field.name for field in dataclasses.fields(target)]
         word, same = foreign_word(dotted), self._by_name.get(key)

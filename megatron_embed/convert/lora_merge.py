@@ -53,7 +53,7 @@ class MergedReader(DcpReader):
         return (weight.float() + self.update_of(*self._adapted[key, index])).to(weight.dtype)
 
     def update_of(self, rule: Transform, context: Context) -> Tensor:
-        """What the adapters add to the parameter that `rule` makes, in float32."""
+        """The adapters' update of the parameter that `rule` makes, in float32."""
         updates = {name: self._update(name, context.sizes(words))
                    for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True)}
 

@@ -97,6 +97,6 @@ def int8_tensor(file: Path, name: str, codes: Tensor, parts: Mapping[str, Tensor
 
 
 def _require_code(stored: Tensor, known: Tensor) -> None:
-    """What the bits stand for must be what this bitsandbytes takes them for."""
+    """Raise an error unless this bitsandbytes reads the same values from the bits."""
     if stored.shape != known.shape or not torch.equal(stored.float(), known.float()):
         raise RuntimeError("another code than bitsandbytes'")

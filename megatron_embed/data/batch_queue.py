@@ -50,7 +50,7 @@ class SharedTexts:
         return self._row_texts[self._ends[row - 1] if row else 0:self._ends[row]]
 
     def allowed(self, text: int) -> int:
-        """How many rows of a batch may have this text; 1 for a row's own mark."""
+        """The number of rows of a batch that may have this text; 1 for a row's own mark."""
         return self._allowed[text] if text >= 0 else 1
 
 

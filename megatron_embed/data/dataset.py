@@ -243,8 +243,8 @@ def hold_out(records: RecordSet, fraction: float, seed: int, order: int = ORDER_
             raise ConfigError(f"data.validation_fraction = {fraction}: {file.path} has {len(file)} rows and "
                               f"{queries} different queries, too few to train and to validate on; set it to 0 or add "
                               "rows", key="data.validation_fraction")
-        validation.append(EntryPart(file, held, left_out=False))
-        training.append(EntryPart(file, held, left_out=True))
+        validation.append(EntryPart(file, held, complement=False))
+        training.append(EntryPart(file, held, complement=True))
     return RecordSet(training), RecordSet(validation)
 
 

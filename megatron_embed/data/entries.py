@@ -78,26 +78,26 @@ class EntryPart(DataEntry):
     """Some of an entry's records.
 
     Args:
-        rows: their indices, or with `left_out` those of the others, ascending. Memory: 8 bytes for each.
+        rows: their indices, or with `complement` those of the others, ascending. Memory: 8 bytes for each.
     """
 
-    def __init__(self, whole: DataEntry, rows: NDArray[np.int64], *, left_out: bool) -> None:
+    def __init__(self, whole: DataEntry, rows: NDArray[np.int64], *, complement: bool) -> None:
         super().__init__(whole.file)
         self.instructions, self.digest = whole.instructions, whole.digest
         self.most_positives, self.most_negatives = whole.most_positives, whole.most_negatives
         self.most_documents = whole.most_documents
         self._whole = whole
         self._rows = rows  # held out
-        self._left_out = left_out
+        self._complement = complement
         # Row i of the others stands behind those of `rows` with fewer than i + 1 others before them.
-        self._others_before = rows - np.arange(len(rows)) if left_out else rows
+        self._others_before = rows - np.arange(len(rows)) if complement else rows
 
     def __len__(self) -> int:
-        return len(self._whole) - len(self._rows) if self._left_out else len(self._rows)
+        return len(self._whole) - len(self._rows) if self._complement else len(self._rows)
 
     def _in_whole(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Indices, in the whole entry, of these rows."""
-        if not self._left_out:
+        if not self._complement:
             return self._rows[rows]
         return rows + np.searchsorted(self._others_before, rows, side="right")
 
@@ -112,4 +112,6 @@ class EntryPart(DataEntry):
         return self._whole.digest_of_order_1
 
     def query_ids(self, first: int, last: int) -> NDArray[np.int64]:
-        raise NotImplementedError("rows are held out of whole entries")
+        rows = self._in_whole(np.arange(first, last))
+        begin, end = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+        return self._whole.query_ids(begin, end)[rows - begin]

@@ -205,5 +205,5 @@ class JsonlRows(IndexedRows):
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, int]:
-    """What changes when a file is written."""
+    """Size and time of the last change of a file: at least one changes when it is written."""
     return status.st_size, status.st_mtime_ns

@@ -67,7 +67,7 @@ class Summary:
         self._raise_to(other.most_positives, other.most_negatives, other.most_documents)
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The values that `from_json` reads."""
         return {**asdict(self), "instructions": list(self.instructions.items()), "ignored": sorted(self.ignored)}
 
     @classmethod
@@ -87,7 +87,7 @@ class IndexedUnit:
     parts: list[PartInfo]
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The values that `from_json` reads."""
         return {"file": self.file, "summary": self.summary.as_json(), "parts": [info.as_json() for info in self.parts]}
 
     @classmethod

@@ -193,7 +193,7 @@ def open_rows(path: str, key: str, *, streaming: bool = False, rows: int | None 
 
 
 def require_rows(path: str, key: str, *, streaming: bool = False) -> RowsKind:
-    """How `open_rows` would read the rows. Opens a JSONL file; reads and fetches nothing, loads no library.
+    """The way `open_rows` would read the rows. Opens a JSONL file; reads and fetches nothing, loads no library.
 
     Raises:
         ConfigError: naming `key`, if there is nothing to read.

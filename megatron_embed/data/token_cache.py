@@ -102,7 +102,7 @@ class TokenCache:
         return len(self._texts)
 
     def find(self, texts: Sequence[Prompted]) -> list[TokenizedText | None]:
-        """What is known of each text."""
+        """The cached tokens of each text; None: it is not in the cache."""
         hashes = np.frombuffer(b"".join(map(text_key, texts)), dtype="<u8").reshape(-1, 2)
         positions = np.searchsorted(self._keys, hashes[:, 0])
         found: list[TokenizedText | None] = []
@@ -134,7 +134,7 @@ class TokenCacheWriter:
         self._known: set[bytes] = set()
         self._count = self.num_tokens = 0
         if self._final.exists() and not (self._final / _SUMMARY).is_file() and any(self._final.iterdir()):
-            raise ConfigError(f"data.token_cache = {directory!r}: exists and is no token cache; choose another name",
+            raise ConfigError(f"data.token_cache = {directory!r}: exists and is not a token cache; choose another name",
                               key="data.token_cache")
         with self._explained():
             shutil.rmtree(self._unfinished, ignore_errors=True)

@@ -10,7 +10,12 @@ from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.document_search import for_each_document, search_of, vectors_of_queries
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.rerank_stage import RerankStage, rerank_scores
-from megatron_embed.evaluation.retrieval import mean_metrics, metrics_of_all_ranks, own_documents, without_excluded
+from megatron_embed.evaluation.retrieval import (
+    mean_metrics,
+    metrics_of_all_ranks,
+    own_document_columns,
+    without_excluded,
+)
 from megatron_embed.parallel.collectives import rank_and_size
 
 
@@ -30,7 +35,7 @@ def evaluate_by_blocks(encoder: TextEncoder, data: BeirData, *, k: int = 1000, r
         UserError: a vector is not finite, or a text has no vectors.
     """
     order = array("q", sorted(range(len(data.document_ids)), key=data.document_ids.__getitem__))
-    excluded = own_documents(data, order) if data.drop_own_id else None
+    excluded = own_document_columns(data, order) if data.drop_own_id else None
     try:
         queries = vectors_of_queries(encoder, data.query_texts, instruction=data.instruction)
     except EmptyTextError as error:

@@ -155,7 +155,7 @@ def evaluate_queries(embed: Embed, data: BeirData, *, k: int = 1000, similarity:
     queries = _embedded(embed, data.query_texts, "query", data.query_ids, data)
     rankings.check(queries.shape[1])
     rank, size = rank_and_size(group)
-    own = own_documents(data, order)[rank::size] if data.drop_own_id else None
+    own = own_document_columns(data, order)[rank::size] if data.drop_own_id else None
     if given is not None and given.index is not None:
         results = {"": _by_index(given, queries[rank::size], k, order, own, group)}
     else:
@@ -257,7 +257,7 @@ class _Search:
         return without_excluded(scores, indices) if self.excludes else (scores, indices)
 
 
-def own_documents(data: BeirData, order: Sequence[int]) -> Tensor:
+def own_document_columns(data: BeirData, order: Sequence[int]) -> Tensor:
     """[queries] int64: position in `order` of the document with the query's id, -1 if there is none."""
     queries = set(data.query_ids)
     positions = {data.document_ids[document]: position for position, document in enumerate(order)

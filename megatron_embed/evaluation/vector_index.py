@@ -78,7 +78,7 @@ def _read_index(path: str, source: dict[str, Any]) -> Any | None:
 
 
 def _write_index(path: str, index: Any, source: dict[str, Any]) -> None:
-    """Write the index and then its description; a warning if there is no room, since the search needs no file."""
+    """Write the index and then its description; a warning if the disk is full, since the search needs no file."""
     faiss = load_faiss()
     with contextlib.suppress(OSError):
         os.remove(f"{path}.json")  # first: an index never stands beside the description of another

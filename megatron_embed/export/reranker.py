@@ -76,9 +76,9 @@ class PairProbes:
                    is_cut=[tokenizer.tokenize([pair]).num_truncated > 0 for pair in pairs],
                    is_full=[tokenizer.count_tokens(pair) >= tokenizer.max_length for pair in pairs])
 
-    def without(self, left_out: Sequence[bool]) -> "PairProbes":
+    def without(self, excluded: Sequence[bool]) -> "PairProbes":
         """The other pairs."""
-        kept = [index for index, out in enumerate(left_out) if not out]
+        kept = [index for index, is_excluded in enumerate(excluded) if not is_excluded]
         return dataclasses.replace(
             self, pairs=[self.pairs[index] for index in kept], raw=self.raw[kept], final=self.final[kept],
             is_cut=[self.is_cut[index] for index in kept], is_full=[self.is_full[index] for index in kept])

@@ -136,7 +136,7 @@ def _name_positions(directory: Path) -> None:
 
 
 def _chat_settings(saved: SavedSettings) -> dict[str, Any]:
-    """What makes Sentence Transformers put every text into the chat template; without it, it puts none there."""
+    """Settings with which Sentence Transformers puts every text into the chat template; without them, none."""
     if saved.chat is None:
         return {}
     kind = {"method": "forward", "method_output_name": "last_hidden_state"}

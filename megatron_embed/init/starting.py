@@ -81,7 +81,7 @@ def starting_text(model: str, data: list[str], *, task: Literal["embedding", "re
 
 
 def look_at(paths: list[str]) -> Rows:
-    """What the rows of these data sets are; all of them are read and checked. Nothing is fetched from the hub."""
+    """The kind of rows of these data sets; all of them are read and checked. Nothing is fetched from the hub."""
     if any(is_hub_name(path) for path in paths):
         return Rows(count=None, kind="contrastive")
     from megatron_embed.data.dataset import open_records

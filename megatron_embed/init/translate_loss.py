@@ -77,7 +77,7 @@ def _default_loss(draft: Draft) -> tuple[str, str]:
 
 
 def _remark_on_variants(draft: Draft, name: str) -> None:
-    """What a loss of Sentence Transformers has besides ours of its kind."""
+    """Remark on what a loss of Sentence Transformers has besides ours of its kind."""
     if "symmetric" in name:
         draft.set("objective.directions", ["query_to_document", "document_to_query"], "symmetric")
         draft.set("objective.partition", "per_direction", "symmetric: the mean of both directions")
@@ -146,7 +146,7 @@ def _translate_head(draft: Draft) -> None:
 
 
 def _translate_batch_negatives(draft: Draft) -> None:
-    """Which documents of the batch are negatives."""
+    """Translate which documents of the batch are negatives."""
     steps, (ranks, _) = accumulation(draft), data_parallel(draft)
     across = draft.flag("negatives_cross_device")
     if steps > 1:

@@ -95,7 +95,7 @@ class ModelDirectory:
 
     @property
     def text_format(self) -> TextFormat:
-        """How its texts become token ids, beside the tokenizer."""
+        """The format in which its texts are tokenized, beside the tokenizer."""
         saved, chat = self.saved, self.saved.chat
         return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
                           chat_content=None if chat is None else chat.content,

@@ -46,7 +46,7 @@ INHERITED = ("head", "template", "instruction", "true_token", "false_token", "ma
 
 def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest: int,
                       lengths_are_set: bool = True) -> RerankerSettings:
-    """How a reranker is trained: by the settings, else by the model's own, else by our defaults. The log says what
+    """A reranker's settings in training: the given, else the model's own, else our defaults. The log says what
     was taken from the model.
 
     Args:
@@ -118,7 +118,7 @@ def is_reranker(model: ModelDirectory) -> bool:
 
 
 def saved_settings(model: ModelDirectory, key: str = "--model") -> RerankerSettings:
-    """How the reranker of a directory is asked: by its own settings, else as CrossEncoder would."""
+    """Settings of a directory's reranker: its own, else those of CrossEncoder."""
     return _saved(model, key).settings
 
 

@@ -267,7 +267,7 @@ def attention_kernel(config: RunConfig, shape: ModelShape | None = None) -> Atte
 
 
 def _unfit_for_flash(shape: ModelShape) -> str | None:
-    """What flash kernels would have to take for this model and do not; None: nothing."""
+    """The feature of this model that flash kernels do not support; None: they support it."""
     for what, needed in (("bias", shape.has_position_bias), ("bound", shape.attention_softcap is not None)):
         if needed:
             return f"no {what} of attention scores, which a {shape.family} model has"

@@ -50,7 +50,7 @@ def check_layer_backend(config: RunConfig, shape: ModelShape) -> None:
 
 
 def _why_not(config: RunConfig) -> str | None:
-    """Why Transformer Engine's layers cannot be used here; None: they can."""
+    """The reason against Transformer Engine's layers here; None: they can be used."""
     if not HAS_CUDA:
         return "it needs a GPU"
     if config.model.quantization != "none":
@@ -67,7 +67,7 @@ def _why_not(config: RunConfig) -> str | None:
 
 
 def _why_no_fp8(recipe: Fp8Recipe) -> str | None:
-    """Why this machine cannot multiply FP8 numbers that are scaled so; None: it can."""
+    """The reason why this machine cannot multiply FP8 numbers that are scaled so; None: it can."""
     from transformer_engine.pytorch.fp8 import check_fp8_block_scaling_support, check_fp8_support
 
     check = check_fp8_block_scaling_support if recipe == "blockwise" else check_fp8_support

@@ -94,7 +94,7 @@ def gemma3_text(config: HFConfig) -> ModelShape:
 
 
 def _gemma(config: HFConfig, family: Literal["gemma2", "gemma3_text"], full: tuple[int, ...]) -> ModelShape:
-    """What both have: scaled embeddings, norms around attention and MLP that multiply by 1 + weight."""
+    """The shape that both have: scaled embeddings, norms around attention and MLP that multiply by 1 + weight."""
     config.refuse_unless("attention_bias", (None, False), "no released model of the family has it")
     heads, layers, hidden = config["num_attention_heads"], config["num_hidden_layers"], config["hidden_size"]
     window = config.get("sliding_window", None if "sliding_window" in config.values else 4096)

@@ -67,7 +67,7 @@ def refuse_other_kinds_keys(file: Path, settings: Mapping[str, Any], *, several:
 
 def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str, Any],
                   expansion: QueryExpansion | None) -> VectorFormat | None:
-    """Which tokens of a directory's model give vectors; None: a text gives one.
+    """The tokens of a directory's model that give vectors; None: a text gives one.
 
     Args:
         settings: contents of config_sentence_transformers.json.
@@ -99,7 +99,7 @@ def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str
 
 
 def _format_of_pylate(file: Path, settings: Mapping[str, Any]) -> VectorFormat:
-    """What PyLate's keys say of tokens and queries."""
+    """The format by PyLate's keys."""
     words, expansion = settings.get("skiplist_words"), None
     if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
         raise CheckpointError(f"{file}: skiplist_words = {shown_value(words)} must be a list of texts; correct it")

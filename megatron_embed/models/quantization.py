@@ -39,7 +39,7 @@ class QuantizedBase:
 
 
 def stored_quantization(directory: Path) -> StoredQuantization | None:
-    """How the weights of a Hugging Face directory are quantized already; None: they are not.
+    """The quantization of a Hugging Face directory's weights; None: they are not quantized.
 
     Raises:
         CheckpointError: by another method than bitsandbytes' nf4 and int8.

@@ -61,7 +61,7 @@ def model_files(path: str) -> Path | None:
 
 
 def stored_quantization_of(path: str) -> StoredQuantization | None:
-    """How the weights that training reads from `path` are quantized already; None: they are not, or are not here."""
+    """The quantization of the weights that training reads from `path`; None: not quantized, or not here."""
     folder = model_files(path)
     return None if folder is None else stored_quantization(folder)
 

@@ -23,7 +23,7 @@ def host_bytes() -> int:
 
 
 def _limits() -> list[int]:
-    """What each memory limit of the process leaves, by the control groups it is in."""
+    """The bytes that each memory limit of the process leaves, by the control groups it is in."""
     lines = _GROUPS.read_text(encoding="utf-8").splitlines() if _GROUPS.is_file() else []
     left = []
     for _, controllers, name in (line.split(":", 2) for line in lines):

@@ -20,7 +20,7 @@ from megatron_embed.run.task import Inputs
 
 
 def fork_server(inputs: Inputs | None) -> AbstractContextManager[ForkServer | None]:
-    """What forks this rank's workers, if it may need some. Call it before there are process groups."""
+    """The process that forks this rank's workers, if it may need some. Call it before there are process groups."""
     if inputs is None or not may_need_workers(inputs.config):
         return contextlib.nullcontext()
 

@@ -254,12 +254,12 @@ def settings_of_tokens(config: RunConfig, tokenizer: RoleTokenizer, records: Rec
 
 
 def training_format(model: ModelDirectory) -> TextFormat:
-    """How texts become ids in training: as the directory says, but cut at the end, so that no prompt is lost."""
+    """The text format in training: the directory's, but cut at the end, so that no prompt is lost."""
     return dataclasses.replace(model.text_format, truncation_side="right")
 
 
 def expected_settings(config: RunConfig, tokenizer: RoleTokenizer) -> ExpectedSettings:
-    """What Sentence Transformers must say of the run's export."""
+    """The settings that Sentence Transformers must read from the run's export."""
     return ExpectedSettings(
         prompts={role: tokenizer.fill_prompt(role) for role in ROLES},
         max_seq_length=max(tokenizer.max_length(role) for role in ROLES),

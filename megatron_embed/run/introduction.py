@@ -124,7 +124,7 @@ def _model(inputs: Inputs) -> str:
 
 
 def _output(config: RunConfig, model: ModelDirectory) -> str:
-    """How token states become a vector."""
+    """The pooling and the Dense layers, in words."""
     dense = model.dense(config.embedding)
     sizes = [dense[0].in_features, *(settings.out_features for settings in dense)] if dense else []
     return f"pooling {model.pooling(config.embedding.pooling)}" + (

@@ -63,7 +63,7 @@ class RerankTask(Task):
         return records
 
     def _settings(self) -> RerankerSettings:
-        """How the reranker is asked: a run that is resumed, as it was."""
+        """The reranker's settings; of a resumed run, those it had."""
         data, model = self.config.data, self.model
         if self.checkpoint is not None and (begun := read_reranker_settings(self.checkpoint / "hf")) is not None:
             model = dataclasses.replace(model, reranker=begun, path=self.checkpoint, peft=None)

@@ -44,7 +44,7 @@ class ResumeState:
 
 
 def resume_state(config: RunConfig) -> ResumeState:
-    """What `checkpoint.directory` holds. No communication. Raises CheckpointError for a damaged checkpoint."""
+    """The state that `checkpoint.directory` holds. No communication. Raises CheckpointError if it is damaged."""
     checkpoint = None if config.checkpoint.directory is None else latest_checkpoint(config.checkpoint.directory)
     steps = 0 if checkpoint is None else steps_done(checkpoint)
     best = best_checkpoint(config, steps) if config.evaluation.patience is not None and steps else None
@@ -83,7 +83,7 @@ def data_stamps(config: RunConfig) -> list[list[Any]] | None:
 
 
 def known_stamps(checkpoint: Path) -> list[list[Any]] | None:
-    """What `data_stamps` said when the run last started; None where that is not known."""
+    """The result of `data_stamps` at the run's last start; None if it is not known."""
     try:
         stamps: list[list[Any]] | None = read_json_file(checkpoint / DATA_FILE)["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -92,7 +92,7 @@ def known_stamps(checkpoint: Path) -> list[list[Any]] | None:
 
 
 def known_rows(checkpoint: Path | None) -> dict[str, Any] | None:
-    """What `describe_rows` said of the run so far; None for a new run, or a converted model, which has seen none.
+    """The result of `describe_rows` of the run so far; None for a new run, or a converted model, which has seen none.
 
     Raises:
         CheckpointError: the file is damaged, or a later version of this program wrote it.

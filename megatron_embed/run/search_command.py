@@ -214,6 +214,6 @@ def table(query: str, hits: Sequence[dict[str, Any]], columns: int) -> list[str]
     for hit, name in zip(hits, names, strict=True):
         start = f"{hit['rank']:4d}  {hit['score']:9.4f}  {name[:40]:{width}}  "
         text = one_line(hit["text"][:4 * columns])
-        room = max(columns - len(start), 20)
-        lines.append(start + (text if len(text) <= room else text[:room - 1] + "…"))
+        width = max(columns - len(start), 20)
+        lines.append(start + (text if len(text) <= width else text[:width - 1] + "…"))
     return [*lines, ""]

@@ -138,7 +138,7 @@ class Task(ABC):
 
     @property
     def packing(self) -> PackingSpec:
-        """How the rows are packed: sizes, alignment and budget."""
+        """Settings of packing: sizes, alignment and budget."""
         training, parallel = self.config.training, self.config.parallel
         return PackingSpec(
             micro_batch_size=training.micro_batch_size, micro_batch_tokens=training.micro_batch_tokens,

@@ -141,14 +141,14 @@ class Batcher:
         if not self._requests:
             return []
         engine = self._requests[0].engine
-        asking = [request for request in itertools.islice(self._requests, self.batch_tokens)
+        of_engine = [request for request in itertools.islice(self._requests, self.batch_tokens)
                   if request.engine is engine and not request.future.cancelled()]
-        if not asking:  # the client of the only one has just left
+        if not of_engine:  # the client of the only one has just left
             return []
         budget = self._budget(engine)
         taken: dict[_Request, list[int]] = {}
-        for share in (max(1, budget // len(asking)), budget):  # in equal parts, then what is left of the budget
-            for request in asking:
+        for share in (max(1, budget // len(of_engine)), budget):  # in equal parts, then what is left of the budget
+            for request in of_engine:
                 cost = request.costs[request.waiting[-1]] if request.waiting else 0
                 used = 0
                 while request.waiting and (not taken or (cost <= budget and (used < share))):

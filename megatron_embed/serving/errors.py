@@ -104,7 +104,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _problems(error: RequestValidationError) -> str:
-    """What is wrong with a body, in a sentence: never the values, which may be long."""
+    """A sentence on what is wrong with a body, without its values, which may be long."""
     shown = []
     for problem in error.errors()[:SHOWN_PROBLEMS]:
         if problem["type"] == "json_invalid":

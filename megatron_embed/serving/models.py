@@ -115,9 +115,9 @@ class ServedEmbedder:
         """
         Args:
             name: in requests and /v1/models.
-            similarity: what the directory says its vectors are compared by.
+            similarity: the directory's similarity function.
             normalize: whether the directory asks for unit vectors.
-            raw_vectors: whether the engine gives vectors before normalization; else they are what the directory says.
+            raw_vectors: whether the engine gives vectors before normalization; else they are as the directory asks.
         """
         self.name, self.directory, self.dim, self.normalize = name, directory, dim, normalize
         self.similarity = similarity
@@ -170,8 +170,8 @@ class ServedEmbedder:
         full = [row for row, ids in enumerate(rows) if len(ids) >= limit]
         for row, tokens in zip(full, self._tokenizer.count_tokens([texts[row] for row in full], role), strict=True):
             if tokens > limit:
-                raise RequestError(413, f"text number {row + 1} has {tokens} tokens; at most {limit} are read: shorten "
-                                   "it, or send truncate = true", code="text_too_long")
+                raise RequestError(413, f"text number {row + 1} has {tokens} tokens; at most {limit} are read: send "
+                                   "a shorter one, or send truncate = true", code="text_too_long")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ class ServedReranker:
             rows = self._tokenizer.tokenize(pairs)
             if not truncate and rows.num_truncated:
                 raise RequestError(413, f"{rows.num_truncated} of {len(pairs)} pairs have more than {self.max_length} "
-                                   "tokens: shorten them, or send truncate = true", code="text_too_long")
+                                   "tokens: send shorter ones, or send truncate = true", code="text_too_long")
             types = rows.token_types
             return Prepared([Tokens(ids, None if types is None else types[row])
                              for row, ids in enumerate(rows.token_ids)], [len(ids) for ids in rows.token_ids])

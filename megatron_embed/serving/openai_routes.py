@@ -158,6 +158,6 @@ def encoded(vectors: np.ndarray, encoding_format: Literal["float", "base64"]) ->
 
 
 def card(model: ServedEmbedder | ServedReranker, started: int) -> dict[str, Any]:
-    """What /v1/models says of a model. `started`: when the server did, in seconds since 1970."""
+    """The entry of a model in /v1/models. `started`: when the server did, in seconds since 1970."""
     return {"id": model.name, "object": "model", "created": started, "owned_by": "megatron_embed", "kind": model.kind,
             "max_length": model.max_length, "dimensions": model.dim if isinstance(model, ServedEmbedder) else None}

@@ -336,7 +336,8 @@ def test_a_graph_of_experts_is_refused_before_anything_is_written(tmp_path: Path
     ("tei", "sentence_bert_config.json", {"max_seq_length": None}, "has no max_seq_length.*STConfig"),
     ("tei", "config.json", {"pad_token_id": None}, "config.json has no pad_token_id"),
     ("tei", "tokenizer_config.json", {"truncation_side": "left"}, "truncation_direction"),
-    ("infinity", "sentence_bert_config.json", {"query_length": 32}, "query_length, which is no argument"),
+    ("infinity", "sentence_bert_config.json", {"query_length": 32},
+     "query_length, which Sentence Transformers 3 does not take"),
     ("sglang", "1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
      "SGLang does not read 1_Pooling: it pools this family otherwise")])
 def test_rules_of_engines_that_do_not_run_here(exported: Path, engine: EngineName, file: str, values: dict[str, Any],

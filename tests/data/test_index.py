@@ -1,4 +1,4 @@
-"""The index of rows: what it says is what the rows say, it is read instead of them, and any start goes on with it."""
+"""The index of rows: it says what the rows say, is read instead of them, and is completed by the next start."""
 
 import functools
 import json

@@ -102,7 +102,7 @@ def test_what_is_no_cache_is_not_replaced(config: str, tmp_path: Path, capsys: p
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "mine.txt").write_text("mine")
     assert main(["data", "tokenize", config]) == 2
-    assert "exists and is no token cache; choose another name" in capsys.readouterr().err
+    assert "exists and is not a token cache; choose another name" in capsys.readouterr().err
     assert main(["data", "tokenize", config, "data.token_cache=null"]) == 2
     assert "data.token_cache: names no directory" in capsys.readouterr().err
     assert main(["data", "tokenize", str(MINI_EN)]) == 2

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_embed.config.schema import DataConfig, TrainFile
 from megatron_embed.data.dataset import RecordSet, hold_out, open_records, validation_shares
+from megatron_embed.data.records import text_id
 from megatron_embed.errors import ConfigError
 from tests.data.conftest import MINI_EN, MINI_ZH
 
@@ -29,6 +30,13 @@ def test_a_share_of_each_set_is_held_out_and_nothing_is_lost(sets: RecordSet, fr
         assert numbers == sorted(numbers)
     assert kept.digest == sets.digest
     assert (kept.most_positives, kept.instructions) == (sets.most_positives, sets.instructions)
+
+
+def test_queries_of_a_part_have_the_ids_of_their_texts(sets: RecordSet):
+    for part in (part for share in hold_out(sets, 0.3, seed=3) if share is not None for part in share.files):
+        ids = [text_id(record.query) for record in part]
+        for first, last in ((0, len(part)), (3, 11), (5, 5)):
+            assert part.query_ids(first, last).tolist() == ids[first:last]
 
 
 def test_the_split_follows_from_the_seed_and_the_queries_alone(sets: RecordSet, write_rows: WriteRows):

@@ -27,7 +27,7 @@ def one_text(config: RunConfig, ids: list[int], weights: torch.Tensor, reference
     batch = to_device(pack_all([ids], config), opened.topology, "mean", kernel="sdpa", causal=chunk.causal,
                       shape=chunk.shape)
     held = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is that from here on
     (chunk(batch)[0] * weights).sum().backward()
     peak = status("VmHWM") - held
     for parameter in chunk.parameters():

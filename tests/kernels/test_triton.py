@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 def launchers():
     """The operators' launchers, with kernels that are interpreted, and a list of their launches.
 
-    Triton decides when it decorates a function, its own ones included, so it is imported anew, but for its library.
+    Triton decides when it decorates a function, its own ones included, so all but its library is imported again.
     """
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.dict(sys.modules):
         for name in list(sys.modules):

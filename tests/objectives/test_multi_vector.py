@@ -85,20 +85,20 @@ def reference():
                           if (owner, index) == (query, positive))
             losses.append((logits[kept].logsumexp(0) - logits[target]) / positives)
     loss = torch.stack(losses).sum() / len(GROUPS)
-    of_scale, *gradients = torch.autograd.grad(loss, [log_scale, *leaves])
+    scale_gradient, *gradients = torch.autograd.grad(loss, [log_scale, *leaves])
     of_query, rest = gradients[: len(GROUPS)], iter(gradients[len(GROUPS) :])
     of_documents = [[next(rest) for _ in group] for group in documents]
     halves = [torch.cat([*of_query[part], *(text for group in of_documents[part] for text in group)])
               for part in (slice(0, 4), slice(4, 8))]
-    return float(loss.detach()), float(of_scale), halves
+    return float(loss.detach()), float(scale_gradient), halves
 
 
 @pytest.mark.parametrize("tile", [1 << 22, 64], ids=["one tile", "many blocks and rounds"])
 def test_loss_and_gradients_equal_one_process(tile):
-    loss, of_scale, halves = reference()
+    loss, scale_gradient, halves = reference()
     for (metrics, gradient), expected in zip(run_on_ranks(objective_on_ranks, 2, tile), halves, strict=True):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-12)
-        assert metrics["log_scale_gradient"] == pytest.approx(of_scale, rel=1e-9)
+        assert metrics["log_scale_gradient"] == pytest.approx(scale_gradient, rel=1e-9)
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -144,7 +144,7 @@ def distillation_reference(loss):
         scores = torch.stack([(queries[query] @ text.T).max(dim=1).values.sum() for text in group])
         teacher = teacher_scores(query, query + 1)
         if loss == "margin_mse":
-            # A document that is no first positive counts as one to compare with, unless it is a positive.
+            # Every document but the first positive is compared with, unless it is a positive.
             positives = GROUPS[query][0]
             terms += [((scores[0] - scores[index]) - (teacher[0] - teacher[index])).square()
                       for index in range(positives, len(group))]

@@ -71,13 +71,13 @@ def gathered_and_scattered():
 @pytest.mark.parametrize("ranks", [2, 5, 8])
 def test_ranks_of_a_save_are_connected_along_a_tree(ranks):
     """All values arrive in order, and errors everywhere; by gloo's own gather the first rank is connected to all."""
-    everyone = list(range(ranks))
+    all_ranks = list(range(ranks))
     results = run_on_ranks(gathered_and_scattered, ranks)
     for rank, (answer, failures, opened, of_group) in enumerate(results):
-        assert answer == (rank, everyone)
+        assert answer == (rank, all_ranks)
         assert failures == [{failing: f"rank {failing} cannot"} for failing in (0, 0, ranks - 1, ranks - 1)]
         assert opened <= 3, "log2(8); some are open already"
-        assert of_group == {0: 0, 1: everyone[1:]}.get(rank)
+        assert of_group == {0: 0, 1: all_ranks[1:]}.get(rank)
 
 
 def test_a_process_may_open_what_the_system_allows():

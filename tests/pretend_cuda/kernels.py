@@ -20,7 +20,7 @@ def install(to_host_alias: Callable[[Tensor], Tensor], to_device_alias: Callable
     def add_product(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, *, beta: float = 1,
                     alpha: float = 1, out: Tensor) -> Tensor:
         _check((total, left, right, out))
-        assert out is total or out.data_ptr() == total.data_ptr(), "a copy first, which is no single product"
+        assert out is total or out.data_ptr() == total.data_ptr(), "it is copied first: two operations, not one product"
         assert left.dtype == right.dtype == torch.bfloat16 and total.dtype == dtype == torch.float32
         to_host_alias(out).mul_(beta).add_(to_host_alias(left).float() @ to_host_alias(right).float(), alpha=alpha)
         return out

@@ -58,11 +58,11 @@ def serve_until_stopped(monkeypatch, engine, *, answer_seconds, after_stop=lambd
             thread.join(SECONDS)
 
     address = server.address_of(bound)
-    asking = threading.Thread(target=client)
-    asking.start()
+    client_thread = threading.Thread(target=client)
+    client_thread.start()
     ended = server.serve(create_app(models, state=state), models, bound, state, stopper)
     seconds.append(time.monotonic())
-    asking.join(SECONDS)
+    client_thread.join(SECONDS)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/health")
     return answers, seconds[1] - seconds[0], ended

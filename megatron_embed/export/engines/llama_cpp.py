@@ -73,8 +73,8 @@ class LlamaCpp(Engine):
 
 
 def scores_of_probabilities(probabilities: Tensor) -> PairScores:
-    """What [pairs] float64 probabilities of yes, which were float32, tell about scores: near 1 the last bit of one is
-    worth a part of the score."""
+    """Scores of [pairs] float64 probabilities of yes, which were float32: near 1 the last bit of one is worth a part of
+    the score."""
     last_bit = torch.finfo(torch.float32).eps / 2
     return PairScores(raw=torch.logit(probabilities).float(), final=probabilities.float(),
                       rounding=torch.where(probabilities < 1, last_bit / (1 - probabilities), torch.inf))

@@ -99,7 +99,7 @@ def _length_file(directory: Path) -> str:
 def _prompt_texts(directory: Path) -> str:
     prompts = read_optional_json_object(directory / "config_sentence_transformers.json").get("prompts") or {}
     odd = [name for name, text in prompts.items() if not isinstance(text, str)]
-    return f"the prompt {odd[0]!r} of config_sentence_transformers.json is no text; write one" if odd else ""
+    return f"the prompt {odd[0]!r} of config_sentence_transformers.json is not a text; write one" if odd else ""
 
 
 def _labels(directory: Path) -> str:
@@ -147,7 +147,7 @@ def _module_keys(directory: Path) -> str:
     for name, known in (("sentence_bert_config.json", _ST3_TRANSFORMER), ("1_Pooling/config.json", _ST3_POOLING)):
         for key in sorted(read_optional_json_object(directory / name).keys() - known):
             if not _is_classifier(directory):  # a cross-encoder's files are not read
-                return f"{name} has {key}, which is no argument of Sentence Transformers 3; remove it"
+                return f"{name} has {key}, which Sentence Transformers 3 does not take; remove it"
     return ""
 
 

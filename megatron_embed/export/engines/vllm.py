@@ -93,7 +93,7 @@ class Vllm(Engine):
             self._process = None
 
     def _ask(self, directory: Path, load: dict[str, Any], question: dict[str, Any]) -> Any:
-        """What vLLM answers. Raises ConfigError without vLLM, CheckpointError if it does not take the model."""
+        """vLLM's answer. Raises ConfigError without vLLM, CheckpointError if it does not take the model."""
         if self._process is None:
             self._process, self._answers, self._errors = _start()
         assert self._process.stdin is not None
