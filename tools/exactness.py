@@ -35,6 +35,7 @@ from tests.helpers.exactness_cases import (  # noqa: E402
     Case,
     all_cases,
     flash_cases,
+    multi_vector_cases,
     other_model_cases,
     sparse_cases,
     stored_cases,
@@ -103,6 +104,15 @@ are random ones that follow from the texts; the reference looks them up by the t
 """
 
 
+MULTI_VECTOR_INTRODUCTION = """## Late interaction
+
+`embedding.head: multi_vector`: a vector for every token, compared by MaxSim, with projections, skip lists and expanded
+queries in the forms of ColBERT, PyLate and Sentence Transformers, and distillation from a teacher's scores. The
+reference takes Transformers' token states, one text at a time. Its largest and second dot product of every maximum are
+checked to lie apart.
+
+"""
+
 SPARSE_INTRODUCTION = """## Sparse vectors
 
 `embedding.head: sparse`: the vocabulary head of BERT, and of decoders, tied to the word embeddings or not, over a
@@ -139,6 +149,9 @@ def run_cases(oracle: EmbeddingReference, cases: Sequence[Case]) -> list[tuple[C
 
 def notes(case: Case) -> str:
     words = [f"recompute {case.recompute}"] if case.recompute != "none" else []
+    words += [case.multi] if case.multi else []
+    words += [case.loss] if case.loss != "info_nce" else []
+    words += ["adapters"] if case.adapters else []
     words += [case.sparse] if case.sparse else []
     words += [case.others] if case.others else []
     words += ["masked"] if ROWS[case.rows].masked else []
@@ -187,7 +200,8 @@ def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
     sections = [(introduction, [case for case in cases if arguments.only in str(case)]) for introduction, cases in (
-        ("## Gradients\n\n", [*all_cases(), *stored_cases()]), (SPARSE_INTRODUCTION, sparse_cases()),
+        ("## Gradients\n\n", [*all_cases(), *stored_cases()]), (MULTI_VECTOR_INTRODUCTION, multi_vector_cases()),
+        (SPARSE_INTRODUCTION, sparse_cases()),
         (OTHERS_INTRODUCTION, other_model_cases()), (FLASH_INTRODUCTION, flash_cases()))]
     reason = reason_against() if sections[-1][1] else None
     if reason is not None:
