@@ -70,7 +70,7 @@ def run_values(model, directory, parallel, **objective):
     """A run of a sparse model on real rows."""
     values = configuration(model, directory, parallel=parallel, train_steps=3,
                            objective={"temperature": 2.0, "query_regularizer_weight": 0.01,
-                                      "document_regularizer_weight": 0.01, "regularizer_warmup_steps": 2, **objective},
+                                      "document_regularizer_weight": 0.01, **objective},
                            checkpoint={"export_at_end": f"{directory}-export"})
     values["embedding"] = {"head": "sparse"}
     values["data"] |= {"query_prompt": "what is ", "document_prompt": ""}
