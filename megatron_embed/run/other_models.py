@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -273,21 +274,21 @@ def _find_documents(inputs: Inputs, documents: UniqueTexts, key: str,
     rows = _positions(texts, documents.ids)
     missing = set(documents.ids[rows < 0].tolist())
     by_name = _rows_by_name(inputs, names, missing) if missing and names is not None else {}
-    rows = np.array([by_name.get(name, row) for name, row in zip(documents.ids.tolist(), rows.tolist(), strict=True)],
-                    dtype=np.int64)
+    for place in np.flatnonzero(rows < 0).tolist() if by_name else ():
+        rows[place] = by_name.get(int(documents.ids[place]), -1)
     _refuse_missing(inputs, set(documents.ids[rows < 0].tolist()), f"{key} = {path!r}", file)
     return vectors, rows
 
 
 def _encoded_texts(file: str) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
     """([rows] ids of the texts of a file, [rows] hashes of the names of its rows; None: not all have one)."""
-    texts, names = [], []
+    texts, names = array("q"), array("q")
     for row, source in open_rows(file, "objective.compatible_texts").scan():
         if "text" not in row:
             raise DataError(f"{source}: the row lacks text; name the file of texts that was encoded")
         texts.append(text_id(text_of_document(row, source)))
         key = next((key for key in ID_KEYS if key in row), None)
-        names += [] if key is None else [text_id(name_of(row[key], key, source))]
+        names.extend([] if key is None else [text_id(name_of(row[key], key, source))])
     return np.array(texts, dtype=np.int64), (np.array(names, dtype=np.int64) if len(names) == len(texts) else None)
 
 
