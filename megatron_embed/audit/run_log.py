@@ -114,7 +114,7 @@ def _read_metrics(file: Path, log: RunLog) -> None:
 
 
 def _read_records(path: Path, log: RunLog) -> None:
-    for file, number, line in lines_of_log(path):
+    for file, line_number, line in lines_of_log(path):
         try:
             record = json.loads(line)
             kind = log.starts if "start" in record else log.saves if "save" in record else log.steps
@@ -122,4 +122,4 @@ def _read_records(path: Path, log: RunLog) -> None:
         except (ValueError, KeyError, TypeError) as error:
             if not line.endswith("\n"):
                 return  # cut short by a kill, or being written
-            raise CheckpointError(f"{file}:{number}: not readable ({error!r}); the log is damaged") from error
+            raise CheckpointError(f"{file}:{line_number}: not readable ({error!r}); the log is damaged") from error

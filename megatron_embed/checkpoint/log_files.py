@@ -57,8 +57,8 @@ class LogWriter:
 
     def _begin_file(self) -> None:
         older = older_files(self._path)
-        number = int(older[-1].stem.rpartition(".")[2]) + 1 if older else 1
-        self._path.rename(_numbered(self._path, f"{number:06d}"))
+        next_number = int(older[-1].stem.rpartition(".")[2]) + 1 if older else 1
+        self._path.rename(_numbered(self._path, f"{next_number:06d}"))
         full, self._file, self._size = self._file, self._path.open("ab"), 0
         full.close()
 
@@ -91,9 +91,9 @@ def lines_of_log(path: Path) -> Iterator[tuple[Path, int, str]]:
             with part.open(encoding="utf-8", errors="replace") as file:
                 if newest is not None and os.path.sameopenfile(file.fileno(), newest.fileno()):
                     break
-                yield from ((part, number, line) for number, line in enumerate(file, start=1))
+                yield from ((part, line_number, line) for line_number, line in enumerate(file, start=1))
         if newest is not None:
-            yield from ((path, number, line) for number, line in enumerate(newest, start=1))
+            yield from ((path, line_number, line) for line_number, line in enumerate(newest, start=1))
 
 
 def move_aside(path: Path) -> None:
@@ -125,8 +125,8 @@ def cut_after(path: Path, step: int) -> None:
             return
 
 
-def _numbered(path: Path, number: str) -> Path:
-    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+def _numbered(path: Path, digits: str) -> Path:
+    return path.with_name(f"{path.stem}.{digits}{path.suffix}")
 
 
 def _restore_newest(path: Path) -> bool:

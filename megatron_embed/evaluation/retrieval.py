@@ -99,7 +99,7 @@ class Rankings:
     """One ranking each, at every width: of documents in int8 by the query as it is; by Hamming distances of signs; the
     best `candidates` of these, ordered by the query as it is."""
     ranges: Ranges = field(default_factory=dict)
-    """Of int8, by width; without one, those of the first CALIBRATION_VECTORS documents by id."""
+    """Ranges of int8 by width; without one, those of the first CALIBRATION_VECTORS documents by id."""
     rerank: RerankStage | None = None
     """Further rankings: the best documents in a reranker's order."""
 

@@ -30,7 +30,7 @@ class PoolingPlan:
     places: Tensor | None = None
     """[pooled tokens] int64, of a sparse model: each one's position in the whole bin."""
     pieces: tuple[tuple[int, int, int], ...] | None = None
-    """Of a sparse model: (sequence, first pooled token, one after the last) of neighbouring tokens of a sequence."""
+    """Sparse models: (sequence, first pooled token, one after the last) of neighbouring tokens of a sequence."""
 
 
 def pooling_plan(micro_batch: MicroBatch, pooling: ModelPooling) -> PoolingPlan:

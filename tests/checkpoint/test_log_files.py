@@ -85,9 +85,9 @@ def kill_at(monkeypatch):
             return call(*args, **kwargs)
         return either
 
-    def kill(number):
+    def kill(call_number):
         nonlocal calls
-        calls = itertools.chain(range(number, -1, -1), itertools.repeat(0))
+        calls = itertools.chain(range(call_number, -1, -1), itertools.repeat(0))
 
     for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "open"), (os, "truncate")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
@@ -101,8 +101,8 @@ def test_killed_at_any_moment_a_log_can_be_read_and_continued(tmp_path, kill_at)
         path = tmp_path / f"{first_kill}-{second_kill}" / "metrics.jsonl"
         kill_at(10**6)
         write(path, 0, 22)
-        for first, number in ((14, first_kill), (5, second_kill)):
-            kill_at(number)
+        for first, call_number in ((14, first_kill), (5, second_kill)):
+            kill_at(call_number)
             with contextlib.suppress(Killed):
                 write(path, first, 25)
             kill_at(10**6)
@@ -114,13 +114,13 @@ def test_killed_at_any_moment_a_log_can_be_read_and_continued(tmp_path, kill_at)
 @pytest.mark.parametrize("newest", [True, False])
 def test_killed_while_an_earlier_log_is_kept(tmp_path, kill_at, newest):
     """Without the newest file: the earlier run was killed between the renaming and the next file."""
-    for number in range(12):
-        path = tmp_path / str(number) / "metrics.jsonl"
+    for call_number in range(12):
+        path = tmp_path / str(call_number) / "metrics.jsonl"
         kill_at(10**6)
         write(path, 0, 30 if newest else 28)
         if not newest:
-            path.rename(tmp_path / str(number) / "metrics.000007.jsonl")
-        kill_at(number)
+            path.rename(path.parent / "metrics.000007.jsonl")
+        kill_at(call_number)
         with contextlib.suppress(Killed):
             write(path, 0, 1)
         kill_at(10**6)
