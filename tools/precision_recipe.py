@@ -28,7 +28,7 @@ from megatron_embed.evaluation.retrieval import Rankings, evaluate_queries
 ARMS: dict[str, dict[str, Any] | None] = {
     "before training": None, "float32": {},
     "precisions": {"embedding": {"precision": ["float32", "int8", "binary"]},
-                   "objective": {"precision_weights": [1.0, 0.5, 1.0]}}}
+                   "objective": {"precision_weights": [1.0, 0.25, 1.0]}}}
 """Settings of each kind of run; None: the initial model."""
 PRECISIONS = ("int8", "binary", "rescore")
 GOALS = {"binary": 0.96, "rescore": 0.99}

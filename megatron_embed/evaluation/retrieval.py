@@ -127,8 +127,7 @@ def evaluate_queries(embed: Embed, data: BeirData, *, k: int = 1000, similarity:
     Metric names begin with `dim_WIDTH/` for a truncated width, `int8/`, `binary/` and `rescore/` (behind the width) for
     a precision, `two_stage_WIDTH/` for two stages and `reranked/` for a reranker's order. With `data.drop_own_id`, no
     ranking contains the document with the query's own id. `map` covers the k documents retrieved. Documents are read,
-    embedded, searched and released in blocks, so the corpus may be larger than memory; the queries with their best
-    documents and the ids stay in memory.
+    embedded, searched and released in blocks; the queries with their best documents and the ids stay in memory.
 
     Args:
         embed: texts and their role -> [texts, dim], in order. Called by all ranks of the group, once for the queries

@@ -80,8 +80,9 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     if given is not None and given.index is not None and option is not None:
         raise ConfigError(f"{option}: compares parts of vectors, and --index {given.kind} holds whole ones; leave it "
                           "out, or set --index flat", key=option)
+    has_ranges = "int8" in args.precision and args.documents_from is None  # the model's are of its own documents
     rankings = Rankings(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100,
-                        precisions=args.precision, ranges=read_ranges(model.root) if "int8" in args.precision else {})
+                        precisions=args.precision, ranges=read_ranges(model.root) if has_ranges else {})
     rankings.check(encoder.dim)
     if args.reranker is not None:
         rankings = dataclasses.replace(rankings, rerank=open_rerank_stage(args, data.query_texts, topology))
