@@ -66,9 +66,9 @@ def test_settings_that_do_not_go_with_other_sections(objective, data, dims, word
 @pytest.mark.parametrize("objective, sections, words", [
     ({"vector_cache": "cache"}, {}, "objective.vector_cache = 'cache': no other model embeds texts"),
     ({"compatible_with": "old", "temperature": 1.0}, {"embedding": EmbeddingConfig(head="multi_vector")},
-     "objective.compatible_with = 'old': texts have a vector for every token"),
+     "objective.compatible_with = 'old': this needs one dense vector for each text"),
     ({"guide_model": "guide", "temperature": 1.0}, {"embedding": EmbeddingConfig(head="multi_vector")},
-     "objective.guide_model = 'guide': texts have a vector for every token"),
+     "objective.guide_model = 'guide': this needs one dense vector for each text"),
     ({"loss": "embedding_distillation", "teacher_model": "t"}, {"embedding": EmbeddingConfig(matryoshka_dims=(8,))},
      "a teacher's vectors have all their dimensions"),
     ({"loss": "cosent"}, {"training": QUERY_SIDE}, "training.query_side_only = True: .*trains documents too"),
