@@ -14,7 +14,7 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import assert_refused, command
 from tests.helpers.runs import configuration, curve, go_back, train
 from tests.helpers.stock_curves import stock_curve
-from tests.helpers.toys import layout, save_model
+from tests.helpers.toys import QWEN3, copy_tokenizer, layout, save_model
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
 """Each Hugging Face matrix has 4096 elements or more, below which bitsandbytes keeps 32 bits: ours are fused."""
@@ -24,6 +24,45 @@ STEPS, RATE, DECAY = 20, 1e-4, 0.05
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True, **WIDTHS)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A mixture of four experts whose routers are decided: rounding chooses no other expert."""
+    path = tmp_path_factory.mktemp("models") / "qwen3_moe"
+    config = transformers.Qwen3MoeConfig(**QWEN3 | WIDTHS | {
+        "vocab_size": 30522, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2,
+        "norm_topk_prob": True, "num_hidden_layers": 2})
+    torch.manual_seed(3)
+    saved = transformers.Qwen3MoeModel(config)
+    with torch.no_grad():
+        for name, parameter in saved.named_parameters():
+            strong = len(parameter) == config.vocab_size or "gate.weight" in name
+            parameter.add_(torch.randn_like(parameter) * (1.0 if strong else 0.1))
+    saved.save_pretrained(path)
+    copy_tokenizer(path)
+    return str(path)
+
+
+class MuonOfExperts:
+    """torch.optim.Muon on the matrices of each expert, which Transformers stacks: gate, up and down by themselves."""
+
+    def __init__(self, model):
+        stacks = [(parameter, 2 if "gate_up" in name else 1)
+                  for name, parameter in model.named_parameters() if parameter.ndim == 3]
+
+        def matrices(tensors):
+            return [part for tensor, (_, parts) in zip(tensors, stacks, strict=True) for expert in tensor
+                    for part in expert.chunk(parts)]
+
+        self.views = [torch.nn.Parameter(part) for part in matrices([parameter.data for parameter, _ in stacks])]
+        self.gradients = lambda: matrices([parameter.grad for parameter, _ in stacks])
+        self.optimizer = torch.optim.Muon(self.views, lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+
+    def step(self):
+        for view, gradient in zip(self.views, self.gradients(), strict=True):
+            view.grad = gradient
+        self.optimizer.step()
 
 
 def settings(model, directory, name, *, sizes=None, steps=STEPS, dtype="float32"):
@@ -48,7 +87,7 @@ def stock_losses(base, name):
 
 def plain_optimizers(model, name):
     decayed = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     if name == "adamw_8bit":
         return [bitsandbytes.optim.AdamW8bit([{"params": decayed, "weight_decay": DECAY},
                                               {"params": others, "weight_decay": 0.0}], lr=RATE)]
@@ -70,6 +109,31 @@ def test_twenty_losses_equal_the_plain_optimizers(model, tmp_path, name, record_
     run_on_ranks(train, 1, settings(model, tmp_path / "adamw", "adamw"))
     difference = np.abs(losses(tmp_path / "adamw") - ours).max()
     assert difference > 1e-4, "AdamW would pass as well, and so would a run that learns nothing"
+
+
+def stock_mixture_losses(base):
+    """Losses of Transformers' mixture of experts under torch.optim.Muon, on the rows of the same steps."""
+    model = transformers.AutoModel.from_pretrained(base, dtype=torch.float32, experts_implementation="eager").train()
+    return stock_curve(model, base, [*plain_optimizers(model, "muon"), MuonOfExperts(model)], STEPS)
+
+
+@pytest.mark.slow
+def test_muon_on_a_mixture_of_experts_equals_the_plain_optimizer_in_every_layout(mixture, tmp_path, record_property):
+    """Each expert's matrices are whole on a rank of EP2, and gathered with ETP2; TP2 alone leaves the experts whole."""
+    (expected,) = run_on_ranks(stock_mixture_losses, 1, mixture)
+    for case, ranks, sizes in (("one", 1, layout()), ("ep2", 2, layout() | {"expert_model_parallel_size": 2}),
+                               ("tp2", 2, layout(2)), ("etp2", 2, layout(2) | {"expert_tensor_parallel_size": 2}),
+                               ("pp2", 2, layout(pp=2)), ("dp2", 2, layout())):
+        values = settings(mixture, tmp_path / case, "muon", sizes=sizes)
+        values["training"]["moe_aux_loss_coefficient"] = 0.0
+        run_on_ranks(train, ranks, values)
+        difference = np.abs(losses(tmp_path / case) - expected).max()
+        record_property(f"largest_difference_{case}", difference)
+        assert difference <= 3e-5, case
+    values = settings(mixture, tmp_path / "adamw", "adamw")
+    values["training"]["moe_aux_loss_coefficient"] = 0.0
+    run_on_ranks(train, 1, values)
+    assert np.abs(losses(tmp_path / "adamw") - expected).max() > 1e-3, "AdamW would pass as well"
 
 
 @pytest.mark.slow
@@ -209,6 +273,17 @@ def test_state_has_the_bytes_that_plan_counts(model, name):
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name))
         ((held, counted),) = run_on_ranks(state_bytes, 1, config)
         assert held == pytest.approx(counted, rel=0.02), dtype
+
+
+@pytest.mark.slow
+def test_state_of_a_mixture_has_the_bytes_that_plan_counts(mixture):
+    from tests.helpers.toys import run_config
+
+    config = run_config(mixture, dtype="bfloat16", distributed=False,
+                        parallel=layout() | {"expert_model_parallel_size": 2})
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="muon"))
+    for held, counted in run_on_ranks(state_bytes, 2, config):
+        assert held == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("change, words", [
