@@ -43,7 +43,7 @@ def points_of(results: Iterable[dict], name: str, full: int) -> list[Point]:
         cut, _, rest = prefix.partition("/") if prefix.startswith("dim_") else ("", "", prefix)
         width = int(cut.removeprefix("dim_")) if cut else full
         points.append(Point(arm, rest, width, width * BITS[rest] / 8, float(np.mean(means))))
-    return sorted(points, key=lambda point: point.bytes)
+    return sorted(points, key=lambda point: (point.bytes, -point.ndcg))
 
 
 def mark(x: float, y: float, precision: str, color: str) -> str:
