@@ -43,7 +43,7 @@ def points_of(results: Iterable[dict], name: str, full: int) -> list[Point]:
         cut, _, rest = prefix.partition("/") if prefix.startswith("dim_") else ("", "", prefix)
         width = int(cut.removeprefix("dim_")) if cut else full
         points.append(Point(arm, rest, width, width * BITS[rest] / 8, float(np.mean(means))))
-    return sorted(points, key=lambda point: point.bytes)
+    return sorted(points, key=lambda point: (point.bytes, -point.ndcg))
 
 
 def mark(x: float, y: float, precision: str, color: str) -> str:
@@ -85,8 +85,9 @@ def draw(points: list[Point], title: str) -> str:
                   text(x, HEIGHT - BOTTOM + 20, f"{size:g}", "middle")]
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, "bytes per document (logarithmic)", "middle"))
     parts.append(text(8, TOP - 10, "nDCG@10"))
-    for arm, (color, _) in ARMS.items():
-        best, line = -1.0, []
+    arms = [arm for arm in ARMS if any(point.arm == arm for point in points)]
+    for arm in arms:
+        color, best, line = ARMS[arm][0], -1.0, []
         for point in (point for point in points if point.arm == arm):
             if point.ndcg > best:
                 best = point.ndcg
@@ -94,13 +95,13 @@ def draw(points: list[Point], title: str) -> str:
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in line)
         parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="1.5" opacity="0.6"/>')
         parts += [mark(*place(point.bytes, point.ndcg), point.precision, color) for point in points if point.arm == arm]
-    return "\n".join([*parts, *legend(), "</svg>\n"])
+    return "\n".join([*parts, *legend(arms), "</svg>\n"])
 
 
-def legend() -> list[str]:
+def legend(arms: list[str]) -> list[str]:
     """Colours and shapes."""
     parts = []
-    for index, (color, words) in enumerate(ARMS.values()):
+    for index, (color, words) in enumerate(ARMS[arm] for arm in arms):
         y = HEIGHT - BOTTOM - 24 - 18 * index
         parts += [f'<path d="M{WIDTH - 390} {y - 4}h22" stroke="{color}" stroke-width="3"/>',
                   text(WIDTH - 360, y, words)]

@@ -140,6 +140,9 @@ def table(results: list[dict[str, Any]], arguments: argparse.Namespace) -> tuple
             cells = [f"{values.mean():.4f}" for values in own.values()]
             for whole in (own[""], plain):
                 for precision, goal in GOALS.items():
+                    if not len(whole):  # the run in float32 was not asked for
+                        cells.append("")
+                        continue
                     ratio, low, high = retained(own[f"{precision}/"].mean(axis=0), whole.mean(axis=0))
                     cells.append(f"{100 * ratio:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
                     met = met and (arm != "precisions" or ratio >= goal)

@@ -46,6 +46,7 @@ FAST = (
     Case(kind="qwen3", layout=Layout(cp=2, dp=2), tokens=128, rows="masked", first_pass=4),
     Case(kind="qwen3_moe", layout=Layout(pp=2, dp=2, ep=2), micro_batches=2),
     Case(kind="bert", layout=Layout(dp=2), micro_batches=2, multi="colbert", rows="masked"),
+    Case(kind="bert", layout=Layout(dp=2), micro_batches=4, stored="all-widths", rows="masked", distributed=True),
 )
 """The long rows, whose model takes half a minute to teach, are left to the slow part."""
 
