@@ -23,7 +23,9 @@ def transformer_settings(directory: Path) -> dict[str, Any]:
     """Keys of sentence_bert_config.json that say where the logits come from; an encoder's class says so itself."""
     if model_shape(directory).family in MASKED_LM:
         return {}
+    # Without logits_to_keep the library computes those of the last token alone.
     return {"transformer_task": "text-generation", "module_output_name": "token_embeddings",
+            "processing_kwargs": {"text": {"logits_to_keep": 0}},
             "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}}}
 
 

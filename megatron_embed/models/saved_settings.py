@@ -344,6 +344,10 @@ class _Transformer:
             raise CheckpointError(f"{self.file}: transformer_task = {task!r}, module_output_name = {output!r}: must be "
                                   "'fill-mask' or 'text-generation', and 'token_embeddings', before SpladePooling; "
                                   "correct them")
+        kept = (self._part("processing_kwargs").get("text") or {}).get("logits_to_keep", 1)
+        if task == "text-generation" and kept != 0:
+            raise CheckpointError(f"{self.file}: processing_kwargs.text.logits_to_keep = {kept!r}: Sentence "
+                                  "Transformers then gives the last token's logits alone; write 0")
         if self.chat is not None:
             raise CheckpointError(f"{self.file}: modality_config with messages is not supported in a sparse model; "
                                   "remove it")
