@@ -40,7 +40,8 @@ _PROCESSING = {
         "padding": harmless("how a batch is padded; nothing is padded here"),
         "truncation": honoured("whether a text that is too long is truncated", True, "longest_first"),
         "max_length": honoured("longest text in tokens, before every other length"),
-        "logits_to_keep": harmless("for models that give logits"),
+        "logits_to_keep": honoured("tokens whose logits are computed, from the last one on; of a sparse decoder all: "
+                                   "0"),
     }),
     "chat_template": honoured("variables of the chat template, with the modality message"),
     "audio": harmless("for audio"), "image": harmless("for images"), "video": harmless("for video"),
