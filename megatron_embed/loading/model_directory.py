@@ -32,7 +32,7 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.loading.hub import local_directory
 from megatron_embed.loading.quantized import load_quantized_weights, quantized_as
-from megatron_embed.loading.vocabulary_head import load_vocabulary_head
+from megatron_embed.loading.vocabulary_head import check_sparse, load_vocabulary_head
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.dense import initialize_dense
@@ -46,8 +46,7 @@ from megatron_embed.models.modules_json import supported_modules, transformer_fo
 from megatron_embed.models.quantization import QuantizedBase, StoredQuantization, stored_quantization
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
-from megatron_embed.models.vocabulary_head import VocabularyHead
-from megatron_embed.models.vocabulary_shape import check_family, padded_vocabulary
+from megatron_embed.models.vocabulary_shape import padded_vocabulary
 from megatron_embed.names import ModelPooling, Pooling, Role
 from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
@@ -138,11 +137,9 @@ class ModelDirectory:
 
     def pooling(self, wanted: Pooling | None) -> ModelPooling:
         """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder; `tokens` of a
-        multi-vector model."""
-        if self.saved.vectors is not None:
-            return "tokens"
-        if self.saved.sparse:
-            return "splade"
+        multi-vector model, `splade` of a sparse one."""
+        if self.saved.sparse or self.saved.vectors is not None:
+            return "splade" if self.saved.sparse else "tokens"
         return wanted or self.saved.pooling or default_pooling(self.shape)
 
 
@@ -257,7 +254,7 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     pooling = model.pooling(config.embedding.pooling) if head_spec is None else head_pooling(model.shape)
     settings = adapters_of(config.lora, model)
     if pooling == "splade":
-        _check_sparse(model, settings)
+        check_sparse(model.shape, str(model.peft or model.path), adapters=settings, chat=model.saved.chat)
         with_head = model.checkpoint is not None and any(key.startswith(HEAD_KEYS) for key in keys_of(model.checkpoint))
     adapters = None if settings is None else Adapters(
         rank=settings.rank, scale=settings.scale, dropout=config.lora.dropout, seed=config.training.seed,
@@ -275,23 +272,10 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     if not stored:
         _load_dense_weights(model, chunks, config.training.seed, dense)
     if pooling == "splade" and not with_head:
-        head = chunks[-1].head
-        assert head is None or isinstance(head, VocabularyHead)
-        load_vocabulary_head(head, model.hf, model.checkpoint, model.shape, config.training.seed)
+        load_vocabulary_head(chunks[-1].head, model.hf, model.checkpoint, model.shape, config.training.seed)
     if model.peft is not None:
         _load_peft_weights(model.peft, model, chunks, topology, with_head=head_spec is not None)
     return chunks
-
-
-def _check_sparse(model: ModelDirectory, adapters: AdapterSettings | None) -> None:
-    """Raises ConfigError for a model that cannot give sparse vectors."""
-    check_family(model.shape)
-    if adapters is not None:
-        raise ConfigError(f"embedding.head = 'sparse': {model.peft or model.path} has adapters, which leave the "
-                          "vocabulary head as it is, and it has to be trained; merge them first", key="embedding.head")
-    if model.saved.chat is not None:
-        raise ConfigError(f"embedding.head = 'sparse': {model.path} puts every text into a chat template; take a model "
-                          "without one", key="embedding.head")
 
 
 def _holds_dense(model: ModelDirectory, dense: Sequence[DenseSettings]) -> bool:

@@ -12,7 +12,7 @@ from megatron_embed.convert.vocabulary_tensors import vocabulary_names
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.vocabulary_head import VocabularyHead, initialize_vocabulary_head
-from megatron_embed.models.vocabulary_shape import MASKED_LM
+from megatron_embed.models.vocabulary_shape import MASKED_LM, check_family
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,24 @@ def passthrough_tensors(hf: Path, checkpoint: Path | None) -> HFDirectory | Pass
     return HFDirectory(hf) if checkpoint is None else open_passthrough(open_checkpoint(checkpoint))
 
 
-def load_vocabulary_head(head: VocabularyHead | None, hf: Path, checkpoint: Path | None, shape: ModelShape,
+def check_sparse(shape: ModelShape, name: str, *, adapters: object, chat: object) -> None:
+    """Raises ConfigError for a model that cannot give sparse vectors.
+
+    Args:
+        name: its directory, for messages.
+        adapters: those that it has, or None.
+        chat: the chat template that it puts every text into, or None.
+    """
+    check_family(shape)
+    if adapters is not None:
+        raise ConfigError(f"embedding.head = 'sparse': {name} has adapters, which leave the vocabulary head as it is, "
+                          "and it has to be trained; merge them first", key="embedding.head")
+    if chat is not None:
+        raise ConfigError(f"embedding.head = 'sparse': {name} puts every text into a chat template; take a model "
+                          "without one", key="embedding.head")
+
+
+def load_vocabulary_head(head: torch.nn.Module | None, hf: Path, checkpoint: Path | None, shape: ModelShape,
                          seed: int) -> None:
     """Fill the head from the directory's tensors, or make a new one. Called by all ranks.
 
@@ -50,6 +67,7 @@ def load_vocabulary_head(head: VocabularyHead | None, hf: Path, checkpoint: Path
             stored = {}
         if head is None:
             return
+        assert isinstance(head, VocabularyHead)
         if names and not stored:
             initialize_vocabulary_head(head, seed, shape.initializer_range)
         with torch.no_grad():

@@ -221,9 +221,7 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
         if module.kind in ("Pooling", "MultiVectorMask"):
             transformer.check_embeds()
         if module.kind == "SpladePooling":
-            pooling_file = folder / module.path / "config.json"
-            SPLADE_POOLING.check(pooling_file, read_optional_json_object(pooling_file))
-            transformer.check_gives_logits(by_default="MLMTransformer" in modules[0].type)
+            _check_splade(folder / module.path / "config.json", transformer, modules[0])
     dense, normalize = _after_pooling(folder, modules)
     file = folder / "config_sentence_transformers.json"
     settings = read_optional_json_object(file)
@@ -233,10 +231,6 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     vectors = vector_format(folder, modules, settings, query_expansion(transformer.file, transformer.values))
     refuse_other_kinds_keys(file, settings, several=vectors is not None)
     sparse = any(module.kind == "SpladePooling" for module in modules)
-    if settings.get("model_type") not in (None, SPARSE_ENCODER) if sparse else (
-            settings.get("model_type") == SPARSE_ENCODER):
-        raise CheckpointError(f"{file}: model_type = {settings.get('model_type')!r}, but modules.json names "
-                              f"{'a' if sparse else 'no'} SpladePooling; fetch both files again")
     if is_pylate(settings):
         named, normalize = pylate_prompts(file, settings, named), True
         role_lengths = role_lengths | pylate_lengths(file, settings)
@@ -244,16 +238,33 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     if not include_prompt and any([*prompts.values(), named.get(default or "")]):
         raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with "
                               "prompts; set it to true, or empty the prompts in config_sentence_transformers.json")
-    compared = settings.get("similarity_fn_name")
+    return SavedSettings(
+        pooling=pooling, dense=dense, normalize=normalize, prompts=prompts, named_prompts=named,
+        default_prompt_name=default, similarity=_similarity(file, settings, sparse=sparse), role_lengths=role_lengths,
+        lower_case=transformer.lower_case, chat=transformer.chat,
+        vectors=vectors, sparse=sparse, **common)
+
+
+def _check_splade(file: Path, transformer: "_Transformer", first: Module) -> None:
+    """Raises CheckpointError unless the settings of a SpladePooling in `file`, and what comes before it, are known."""
+    SPLADE_POOLING.check(file, read_optional_json_object(file))
+    transformer.check_gives_logits(by_default="MLMTransformer" in first.type)
+
+
+def _similarity(file: Path, settings: Mapping[str, Any], *, sparse: bool) -> Similarity:
+    """What vectors are compared by: those of a sparse model always by dot product.
+
+    Raises:
+        CheckpointError: the file says otherwise of a sparse model, or calls another one sparse.
+    """
+    kind, compared = settings.get("model_type"), settings.get("similarity_fn_name")
+    if (sparse and kind not in (None, SPARSE_ENCODER)) or (not sparse and kind == SPARSE_ENCODER):
+        raise CheckpointError(f"{file}: model_type = {kind!r}, but modules.json names {'a' if sparse else 'no'} "
+                              "SpladePooling; fetch both files again")
     if sparse and compared not in (None, "dot", "dot_product"):
         raise CheckpointError(f"{file}: similarity_fn_name = {compared!r}: sparse vectors are compared by dot product "
                               "here; write 'dot', if the model may be used so")
-    similarity: Similarity = "dot" if sparse or compared in ("dot", "dot_product") else "cosine"
-    return SavedSettings(
-        pooling=pooling, dense=dense, normalize=normalize, prompts=prompts, named_prompts=named,
-        default_prompt_name=default, similarity=similarity, role_lengths=role_lengths,
-        lower_case=transformer.lower_case, chat=transformer.chat,
-        vectors=vectors, sparse=sparse, **common)
+    return "dot" if sparse or compared in ("dot", "dot_product") else "cosine"
 
 
 def named_prompts(file: Path, settings: Mapping[str, Any], *,

@@ -136,8 +136,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
         if loaded.signalled or (loaded.time_is_up and step > first_step):
             trainer.complete_parameters()
             leave_early(hooks, step, saved)
-        seed_step(config.training.seed, step, topology)
-        trainer.grad_cache.objective.step = step
+        begin_step(config, trainer, topology, step)
         metrics = train_step(loaded.batch, trainer)
         done, last = step + 1, step + 1 == train_steps
         if last or parameters_are_read(config, hooks, done):
@@ -164,6 +163,12 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
         hooks.saver.finish()
     close_files(hooks)
     return metrics
+
+
+def begin_step(config: RunConfig, trainer: Trainer, topology: Topology, step: int) -> None:
+    """What depends on the step, from 0: random numbers, and schedules of the loss."""
+    seed_step(config.training.seed, step, topology)
+    trainer.grad_cache.objective.step = step
 
 
 def metrics_of_rows(metrics: dict[str, float], loaded: Loaded, throughput: Throughput, *,
