@@ -454,7 +454,7 @@ CURVE_STEPS = 20
 CURVE_BOUND = 1e-4
 
 
-SPARSE_TEMPERATURE = 30.0
+SPARSE_TEMPERATURE = 60.0
 """Divides sums over hundreds of tokens of the vocabulary: dot products of up to 900, which float32 rounds by 6e-5. The
 error of a probability is that over the temperature."""
 SPARSE_WEIGHTS = {"flops": (0.001, 0.0008), "tied": (0.001, 0.0008), "l1": (0.001, 0.0008)}
