@@ -46,10 +46,9 @@ class PlainObjective(Objective[AnyBatch]):
         self.kept: list[list[Part]] | None = None
         self.masked: dict[int, tuple[int, list[int]]] = {}
         self._config, self._group, self._inner = config, topology.dp_group, inner
-        objective = config.objective
-        others = (objective.compatible_with, objective.guide_model, objective.teacher_model)
         self.is_plain = config.task == "reranker" or not (
-            config.embedding.head in ("multi_vector", "sparse") or config.training.query_side_only or any(others))
+            config.embedding.head in ("multi_vector", "sparse") or config.training.query_side_only
+            or any((config.objective.compatible_with, config.objective.guide_model, config.objective.teacher_model)))
 
     def total(self, batch: AnyBatch) -> float:
         return self._inner.total(batch)

@@ -4,7 +4,7 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
 from megatron_embed.planning.flops import StepTime, forward_passes, has_first_pass, model_flops, step_tokens
 from megatron_embed.planning.hardware import GPU
-from megatron_embed.planning.layouts import Plan, describe
+from megatron_embed.planning.layouts import Plan, describe, files_of_store_process
 from megatron_embed.planning.memory import GIB, Grid, first_pass_micro_batches, grid_of
 from megatron_embed.planning.parameters import (
     AdaptedLinears,
@@ -18,9 +18,6 @@ COPY_GB_PER_SECOND = 3
 """Bandwidth per GPU of a copy to memory of the host that is neither pinned nor yet in use; not measured."""
 SHORTEST_SHOWN = 0.005
 """Seconds of a step below which a line of its time is omitted."""
-FILES_OF_A_RANK, CONNECTIONS_PER_RANK = 100, 2
-"""Open files of a rank itself (71 on CPU ranks, tools/bench_groups.py), and connections to the run's store: of the
-process group, and of its heartbeats."""
 USUAL_LIMIT = 1024
 """Open files that systems usually allow a process before it asks for more."""
 
@@ -51,11 +48,6 @@ def report(plan: Plan, shape: ModelShape, gpus: int, gpu: GPU, adapted: AdaptedL
     if not plan.fits:
         lines += ["", advice(plan)]
     return "\n".join(lines)
-
-
-def files_of_store_process(ranks: int) -> int:
-    """Open files of the process that hosts a run's key-value store: rank 0, or torchrun's agent on the first node."""
-    return FILES_OF_A_RANK + CONNECTIONS_PER_RANK * ranks
 
 
 def _first_pass_line(config: RunConfig, shape: ModelShape, grid: Grid) -> list[str]:

@@ -31,7 +31,7 @@ def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_fre
 
 def _open_files(ranks: int) -> Check:
     """Whether the process that hosts the run's store may have a connection of every rank, and one of its heartbeats."""
-    from megatron_embed.planning.report import files_of_store_process
+    from megatron_embed.planning.layouts import files_of_store_process
 
     needed = files_of_store_process(ranks)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

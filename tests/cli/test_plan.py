@@ -10,8 +10,7 @@ import yaml
 from megatron_embed.__main__ import main
 from megatron_embed.config.load import load_config
 from megatron_embed.planning.hardware import GPUS
-from megatron_embed.planning.layouts import candidates, plan_layout
-from megatron_embed.planning.report import files_of_store_process
+from megatron_embed.planning.layouts import candidates, files_of_store_process, plan_layout
 from megatron_embed.planning.shapes import shape_of
 from tests.helpers.launcher_variables import _one_rank  # noqa: F401  without a launcher's variables
 from tests.helpers.toys import REPOSITORY

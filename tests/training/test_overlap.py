@@ -210,7 +210,7 @@ def test_what_the_model_alone_shows_is_refused():
     check_optimizer(config, has_adapters=False, has_tied_head=False)
     with pytest.raises(ConfigError, match="optimizer.overlap_param_gather = True: parameters of adapters"):
         check_optimizer(config, has_adapters=True, has_tied_head=False)
-    with pytest.raises(ConfigError, match="optimizer.overlap_grad_reduce = True: the head's yes and no are rows"):
+    with pytest.raises(ConfigError, match="optimizer.overlap_grad_reduce = True: the head's weights are rows"):
         check_optimizer(config, has_adapters=False, has_tied_head=True)
 
 
