@@ -63,6 +63,7 @@ def trained(values, ranks=1):
     return {row["step"]: row for row in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 def test_the_first_step_compares_with_the_documents_as_they_are(folder, tmp_path):
     """The old model is that in training before its first step: three sources of the same vectors, one loss."""
     cache = tmp_path / "cache"
