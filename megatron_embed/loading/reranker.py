@@ -114,7 +114,9 @@ def is_reranker(model: ModelDirectory) -> bool:
         return True
     head = head_of_architecture(model.hf)
     # Embedding models of decoder families are *ForCausalLM by name, too; they say how they pool.
-    return head == "score" or (head == "yes_no" and model.saved.pooling is None and model.saved.vectors is None)
+    saved = model.saved
+    embeds = saved.pooling is not None or saved.vectors is not None or saved.sparse
+    return head == "score" or (head == "yes_no" and not embeds)
 
 
 def saved_settings(model: ModelDirectory, key: str = "--model") -> RerankerSettings:
