@@ -290,3 +290,21 @@ def library_errors(directory: Path, library: str, base: Path | None = None) -> I
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def load_stock_encoder(directory: Path, name: str, since: str, dtype: str) -> Any:
+    """The export in a class of Sentence Transformers besides `SentenceTransformer`, on the CPU.
+
+    Args:
+        name: `SparseEncoder` or `MultiVectorEncoder`.
+        since: the library's version that brought the class.
+    Raises:
+        CheckpointError: an older version is installed.
+    """
+    import sentence_transformers
+
+    if not hasattr(sentence_transformers, name):
+        raise CheckpointError(f"{directory}: such a model is read by {name} of Sentence Transformers from version "
+                              f"{since} on, and an older one is installed; upgrade it, or leave out the comparison")
+    return getattr(sentence_transformers, name)(str(directory), device="cpu", local_files_only=True,
+                                                model_kwargs={"dtype": dtype})

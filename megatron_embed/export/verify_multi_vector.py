@@ -13,6 +13,7 @@ from megatron_embed.export.verify import (
     Report,
     compare_vectors,
     library_errors,
+    load_stock_encoder,
     require_settings,
     require_stock_ids,
 )
@@ -32,7 +33,7 @@ def compare_with_multi_vector_encoder(directory: str | Path, texts: Sequence[str
     """
     directory = Path(directory)
     with library_errors(directory, "Sentence Transformers"):
-        model = _load(directory, dtype)
+        model = load_stock_encoder(directory, "MultiVectorEncoder", "6", dtype)
         stock_ids = [_stock_ids(model, text, role) for text, _ in cut]
         encode = model.encode_query if role == "query" else model.encode_document
         vectors = [row.float() for row in encode(list(texts), show_progress_bar=False)]
@@ -45,16 +46,6 @@ def compare_with_multi_vector_encoder(directory: str | Path, texts: Sequence[str
     named = [text for text, count in zip(texts, ours.counts.tolist(), strict=True) for _ in range(count)]
     return compare_vectors(directory, "Sentence Transformers", named, torch.cat(vectors), ours.vectors,
                            minimum_cosine, num_texts=len(texts))
-
-
-def _load(directory: Path, dtype: str) -> Any:
-    """The export in the stock library, on the CPU."""
-    try:
-        from sentence_transformers import MultiVectorEncoder
-    except ImportError as error:
-        raise CheckpointError(f"{directory}: a multi-vector model is read by Sentence Transformers from version 6 on, "
-                              "and an older one is installed; upgrade it, or leave out the comparison") from error
-    return MultiVectorEncoder(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": dtype})
 
 
 def _stock_ids(model: Any, text: str, role: Role) -> list[int]:

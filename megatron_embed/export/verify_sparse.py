@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from megatron_embed.errors import CheckpointError
 from megatron_embed.export.verify import (
     ExpectedSettings,
     Report,
     compare_vectors,
     library_errors,
+    load_stock_encoder,
     require_settings,
     require_stock_ids,
     stock_ids,
@@ -32,20 +31,10 @@ def compare_with_sparse_encoder(directory: str | Path, texts: Sequence[str], our
     """
     directory = Path(directory)
     with library_errors(directory, "Sentence Transformers"):
-        model = _load(directory, dtype)
+        model = load_stock_encoder(directory, "SparseEncoder", "5", dtype)
         ids = [stock_ids(model, text, role) for text, _ in cut]
         encode = model.encode_query if role == "query" else model.encode_document
         vectors: Tensor = encode(list(texts), convert_to_sparse_tensor=False, show_progress_bar=False).float()
     require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
     require_stock_ids(directory, cut, ids)
     return compare_vectors(directory, "Sentence Transformers", texts, vectors, ours, minimum_cosine)
-
-
-def _load(directory: Path, dtype: str) -> Any:
-    """The export in the stock library, on the CPU."""
-    try:
-        from sentence_transformers import SparseEncoder
-    except ImportError as error:
-        raise CheckpointError(f"{directory}: a sparse model is read by Sentence Transformers from version 5 on, and an "
-                              "older one is installed; upgrade it, or leave out the comparison") from error
-    return SparseEncoder(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": dtype})

@@ -9,6 +9,7 @@ from sentence_transformers import MultiVectorEncoder
 from tests.helpers.commands import evaluated, small_beir  # noqa: F401
 from tests.helpers.foreign_directories_helpers import save_directory
 from tests.helpers.multi_vector_reference import FORMATS, add_token_modules
+from tests.helpers.ranked_documents import mine_and_compare, stock_metrics
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.runs import configuration, curve, train
@@ -92,39 +93,13 @@ def maxsim_orders(folder, directory):
 
 @pytest.mark.slow
 def test_evaluate_mine_and_encode(small_beir, tmp_path):
-    from megatron_embed.evaluation.retrieval import retrieval_metrics
-
     directory = add_token_modules(save_directory(tmp_path / "model", kind="bert"), "colbert")
     run = maxsim_orders(small_beir, directory)
-    qrels = {}
-    for line in (small_beir / "qrels" / "test.tsv").read_text().splitlines()[1:]:
-        query, document, label = line.split("\t")
-        qrels.setdefault(query, {})[document] = int(label)
-    expected = retrieval_metrics(qrels, {query: run[query] for query in qrels})
+    expected = stock_metrics(run, small_beir)
     ours = evaluated(["--model", str(directory), "--data", str(small_beir)], 2)
     assert ours == pytest.approx(expected, abs=1e-6)
-    mine_and_compare(directory, run, small_beir, tmp_path)
+    mine_and_compare(directory, run, small_beir, tmp_path, abs=1e-5)
     encode_and_compare(directory, tmp_path)
-
-
-def mine_and_compare(directory, run, folder, tmp_path):
-    """The negatives of each query are its best documents but its positive."""
-    texts = {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"]
-             for row in map(json.loads, (folder / "corpus.jsonl").read_text().splitlines())}
-    queries = {row["_id"]: row["text"] for row in map(json.loads, (folder / "queries.jsonl").read_text().splitlines())}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(
-        {"query": text, "positive": texts[max(run[query], key=run[query].get)]}) + "\n"
-        for query, text in queries.items()))
-    output = tmp_path / "mined.jsonl"
-    results = run_on_ranks(command, 2, ["mine", "--model", str(directory), "--data", str(tmp_path / "rows.jsonl"),
-                                        "--corpus", str(folder / "corpus.jsonl"), "--output", str(output),
-                                        "--num-negatives", "3", "--range-min", "0"])
-    assert all(code == 0 for code, *_ in results), results[0][2]
-    for (query, scores), line in zip(run.items(), output.read_text().splitlines(), strict=True):
-        row, ranked = json.loads(line), sorted(scores, key=scores.get, reverse=True)
-        assert row["query"] == queries[query]
-        assert row["negatives"] == [texts[name] for name in ranked[1:4]]
-        assert row["teacher_scores"] == pytest.approx([scores[name] for name in ranked[:4]], abs=1e-5)
 
 
 def encode_and_compare(directory, tmp_path):

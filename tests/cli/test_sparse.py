@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
 
 from tests.helpers.commands import evaluated, small_beir  # noqa: F401
+from tests.helpers.ranked_documents import mine_and_compare, stock_metrics
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.runs import configuration, curve, train
@@ -121,38 +122,13 @@ def orders(folder, directory):
 @pytest.mark.parametrize("sizes", [(), ("parallel.tensor_model_parallel_size=2",),
                                    ("parallel.pipeline_model_parallel_size=2",)])
 def test_evaluate_mine_and_encode(small_beir, sizes, tmp_path):
-    from megatron_embed.evaluation.retrieval import retrieval_metrics
-
     directory = splade_directory(tmp_path / "bert", "BertConfig", BERT)
-    run, qrels = orders(small_beir, directory), {}
-    for line in (small_beir / "qrels" / "test.tsv").read_text().splitlines()[1:]:
-        query, document, label = line.split("\t")
-        qrels.setdefault(query, {})[document] = int(label)
-    expected = retrieval_metrics(qrels, {query: run[query] for query in qrels})
+    run = orders(small_beir, directory)
+    expected = stock_metrics(run, small_beir)
     ours = evaluated(["--model", str(directory), "--data", str(small_beir), *sizes], 2)
     assert ours == pytest.approx(expected, abs=1e-6)
-    mine_and_compare(directory, run, small_beir, tmp_path, sizes)
+    mine_and_compare(directory, run, small_beir, tmp_path, sizes, rel=1e-5)
     encode_and_compare(directory, tmp_path, sizes)
-
-
-def mine_and_compare(directory, run, folder, tmp_path, sizes):
-    """The negatives of each query are its best documents but its positive."""
-    texts = {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"]
-             for row in map(json.loads, (folder / "corpus.jsonl").read_text().splitlines())}
-    queries = {row["_id"]: row["text"] for row in map(json.loads, (folder / "queries.jsonl").read_text().splitlines())}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(
-        {"query": text, "positive": texts[max(run[query], key=run[query].get)]}) + "\n"
-        for query, text in queries.items()))
-    output = tmp_path / "mined.jsonl"
-    results = run_on_ranks(command, 2, ["mine", "--model", str(directory), "--data", str(tmp_path / "rows.jsonl"),
-                                        "--corpus", str(folder / "corpus.jsonl"), "--output", str(output),
-                                        "--num-negatives", "3", "--range-min", "0", *sizes])
-    assert all(code == 0 for code, *_ in results), results[0][2]
-    for (query, scores), line in zip(run.items(), output.read_text().splitlines(), strict=True):
-        row, ranked = json.loads(line), sorted(scores, key=scores.get, reverse=True)
-        assert row["query"] == queries[query]
-        assert row["negatives"] == [texts[name] for name in ranked[1:4]]
-        assert row["teacher_scores"] == pytest.approx([scores[name] for name in ranked[:4]], rel=1e-5)
 
 
 def encode_and_compare(directory, tmp_path, sizes):
