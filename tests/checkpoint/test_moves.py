@@ -47,7 +47,7 @@ def written_as_before(moves, folder, name):
 
 
 @pytest.mark.parametrize("kind, source, target", [
-    (Kind(), "1", "EP2"), (Kind(), "EP2", "PP2"),
+    (Kind(), "1", "EP2"), pytest.param(Kind(), "EP2", "PP2", marks=pytest.mark.slow),
     pytest.param(Kind(distributed=False, adapters=ALL_MODULES), "1", "EP2", marks=pytest.mark.slow)])
 def test_experts_go_on_at_other_layouts(moves, kind, source, target):
     assert moves(kind).difference(source, target) < BOUND

@@ -34,7 +34,8 @@ def metrics_of_run(model, folder, rows, parallel, **training):
     return lines
 
 
-@pytest.mark.parametrize("parallel, first_pass", [(layout(), 1), (layout(pp=2, vpp=2), 2)], ids=["dp2", "pp2"])
+@pytest.mark.parametrize("parallel, first_pass", [
+    (layout(), 1), pytest.param(layout(pp=2, vpp=2), 2, marks=pytest.mark.slow)], ids=["dp2", "pp2"])
 def test_budget_changes_no_number_but_the_padding(model, tmp_path, parallel, first_pass):
     rows = tmp_path / "rows.jsonl"
     source = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:8 * STEPS]]

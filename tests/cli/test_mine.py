@@ -85,6 +85,7 @@ def test_cache_is_used_and_never_for_another_model(model, data, tmp_path):
     assert len(list(cache.iterdir())) == 5
 
 
+@pytest.mark.slow
 def test_cache_keeps_adapters_of_one_base_apart(model, data, tmp_path):
     """Base, two adapters of it, and an adapter of the same tensors with another scale, into one cache."""
     models = {"base": model, "a": write_adapter(tmp_path / "a", model)}

@@ -75,7 +75,8 @@ def train_on_full_disk(arguments, run, part, rank):
 
 
 @pytest.mark.parametrize("part, rank, background", [
-    pytest.param("tensors", 1, False, marks=pytest.mark.slow), ("tensors", 0, True), ("write_atomically", 0, False),
+    pytest.param("tensors", 1, False, marks=pytest.mark.slow), ("tensors", 0, True),
+    pytest.param("write_atomically", 0, False, marks=pytest.mark.slow),
     pytest.param("link_tree", 0, False, marks=pytest.mark.slow),
     pytest.param("make_folder_on_free_disk", 0, False, marks=pytest.mark.slow)])
 def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, part, rank, background):

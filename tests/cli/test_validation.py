@@ -79,21 +79,19 @@ def expected(model):
     return {key: total / 33 for key, total in sums.items()}
 
 
-LAYOUTS = [
-    ("one", 1, layout(), {}), ("dp2, shares of 6 and 5", 2, layout(), {}), ("pp2", 2, layout(pp=2), {}),
-    ("dp2, unequal micro-batches", 2, layout(), {"micro_batch_size": 1}),
-    ("dp2, token budget", 2, layout(), {"micro_batch_tokens": 128, "first_pass_micro_batches": 3})]
-
-
-def test_metrics_of_held_out_rows_are_the_formulas_under_every_layout(model, tmp_path):
+@pytest.mark.parametrize("ranks, sizes, training", [
+    pytest.param(1, layout(), {}, marks=pytest.mark.slow), pytest.param(2, layout(), {}, marks=pytest.mark.slow),
+    (2, layout(pp=2), {}), pytest.param(2, layout(), {"micro_batch_size": 1}, marks=pytest.mark.slow),
+    (2, layout(), {"micro_batch_tokens": 128, "first_pass_micro_batches": 3})],
+    ids=["one", "dp2, shares of 6 and 5", "pp2", "dp2, unequal micro-batches", "dp2, token budget"])
+def test_metrics_of_held_out_rows_are_the_formulas_under_every_layout(model, tmp_path, ranks, sizes, training):
     truth = expected(model)
     assert truth["loss"] > 0.5
     assert truth["margin"] < 0.5
-    for index, (name, ranks, sizes, training) in enumerate(LAYOUTS):
-        path = configured(tmp_path / str(index), model, parallel=sizes, training=training)
-        results = run_on_ranks(command, ranks, ["train", path])
-        assert [code for code, *_ in results] == [0] * ranks, results[0][2]
-        assert evaluated(tmp_path / str(index)) == pytest.approx(truth, rel=1e-4, abs=1e-5), name
+    path = configured(tmp_path / "case", model, parallel=sizes, training=training)
+    results = run_on_ranks(command, ranks, ["train", path])
+    assert [code for code, *_ in results] == [0] * ranks, results[0][2]
+    assert evaluated(tmp_path / "case") == pytest.approx(truth, rel=1e-4, abs=1e-5)
 
 
 def test_rows_of_their_own_files_are_validated_as_held_out_ones_are(model, tmp_path):
