@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_embed import __version__
 from megatron_embed.checkpoint.log_files import lines_of_log, log_exists
+from megatron_embed.config.json_file import read_optional_json_object
 from megatron_embed.config.load import load_config
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
@@ -108,8 +109,11 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
         source: the checkpoint.
         destination: the name that the directory will have.
         kind: whose files they are.
+    Raises:
+        CheckpointError: the prompts that the checkpoint came with, which were copied, cannot be read.
     """
     checkpoint = open_checkpoint(source)
+    prompts = _saved_prompts(directory)
     info, title, file = checkpoint.info, Path(destination).absolute().name, checkpoint.path / "config.yaml"
     library = {"hf": "transformers", "peft": "peft", "pylate": "PyLate"}.get(kind, "sentence-transformers")
     pooling, dim = _pooling_of(checkpoint.hf) if info.head is None else (None, None)
@@ -124,7 +128,7 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
 
         write_card(directory, config, step=steps_done(checkpoint.path), dim=dim, title=title, use=use, library=library)
     elif file.is_file() or not (directory / "README.md").is_file():
-        (directory / "README.md").write_text(_unknown_run(checkpoint, directory, title, use, library, dim),
+        (directory / "README.md").write_text(_unknown_run(checkpoint, prompts, title, use, library, dim),
                                               encoding="utf-8")
 
 
@@ -163,7 +167,7 @@ def _use(kind: ExportFormat, head: str | None, pooling: str | None) -> str:
     return _EMBEDDING_USE if head is None else _RERANKER_USE
 
 
-def _unknown_run(checkpoint: CheckpointDirectory, directory: Path, title: str, use: str, library: str,
+def _unknown_run(checkpoint: CheckpointDirectory, prompts: dict[str, str], title: str, use: str, library: str,
                  dim: int | None) -> str:
     """The card of a model of whose training nothing is known."""
     kind = "sentence-similarity" if dim else "text-ranking"
@@ -176,15 +180,15 @@ def _unknown_run(checkpoint: CheckpointDirectory, directory: Path, title: str, u
     return "\n".join([
         "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", "",
         f"Texts to {what}; converted by megatron_embed {__version__} from a checkpoint that does not say how it was "
-        "trained.", "", "## Use", "", use, "", *_prompts(_saved_prompts(directory)), "## Model", "",
+        "trained.", "", "## Use", "", use, "", *_prompts(prompts), "## Model", "",
         "| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])
 
 
 def _saved_prompts(directory: Path) -> dict[str, str]:
-    """Those that Sentence Transformers finds in a directory, by role."""
-    file = directory / "config_sentence_transformers.json"
-    prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") if file.is_file() else None
-    return {role: prompts[role] for role in ("query", "document") if prompts.get(role)} if prompts else {}
+    """Those that Sentence Transformers finds in a directory, by role. Raises CheckpointError."""
+    prompts = read_optional_json_object(directory / "config_sentence_transformers.json").get("prompts")
+    return {role: prompts[role] for role in ("query", "document") if prompts.get(role)} if isinstance(prompts, dict) \
+        else {}
 
 
 def directory_title(config: RunConfig) -> str:

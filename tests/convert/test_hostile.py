@@ -21,7 +21,7 @@ from megatron_embed.models.modules_json import STOCK_TYPES, read_modules
 from megatron_embed.models.reranker_settings import RerankerSettings
 from megatron_embed.models.saved_settings import read_saved_settings
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.refusals import command
+from tests.helpers.refusals import assert_refused, command
 from tests.helpers.toys import save_model
 
 ELSEWHERE = ("/", "..", ".", "", "../victim", "1_Pooling/../../victim", "./1_Pooling", "a/b", "1_Pooling/",
@@ -53,6 +53,24 @@ def pooling(path, kind="sentence_transformers.models.Pooling"):
 
 def files_below(folder):
     return sorted(str(path) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("configuration", [None, b"model: \xde"])
+def test_prompts_that_cannot_be_read_are_not_exported(toy, tmp_path, configuration):
+    """They are copied, and nothing but the card reads them; a run's configuration may be damaged too."""
+    from megatron_embed.convert.convert import hf_to_megatron
+
+    hf_to_megatron(toy, tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "hf" / "config_sentence_transformers.json"
+    file.write_bytes(b'{"prompts"\xde: {}}')
+    if configuration is not None:
+        (tmp_path / "checkpoint" / "config.yaml").write_bytes(configuration)
+    arguments = ["convert", "megatron-to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "made")]
+    assert_refused(run_on_ranks(command, 1, arguments), "config_sentence_transformers.json: not readable as JSON")
+    assert not (tmp_path / "made").exists()
+    file.write_text('{"prompts": {"query": "q: "}}')
+    assert run_on_ranks(command, 1, arguments)[0][0] == 0
+    assert "- query: `'q: '`" in (tmp_path / "made" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", [*ELSEWHERE, None, 1, ["a"]])
