@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import scaled_dot_product_attention, silu
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.helpers.tensor_files import tensors_of
 
@@ -80,3 +83,47 @@ def _config(values: dict[str, Any], version: int) -> dict[str, Any]:
         "rope_scaling": None if kind == "default" else {"type": kind, **rope},
         "auto_map": {"AutoConfig": f"configuration_{name.lower()}.{name}Config", "AutoModel": f"{module}Model",
                      "AutoModelForCausalLM": f"{module}ForCausalLM"}}
+
+
+class InternLM2(torch.nn.Module):
+    """An InternLM2 in plain torch, its linear layers under the names of its files, where PEFT finds them."""
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__()
+        config = LlamaConfig.from_pretrained(stock_of(directory))
+        self.tok_embeddings = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = torch.nn.ModuleList(_InternLM2Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm, self.rotary = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), LlamaRotaryEmbedding(config)
+        self.load_state_dict(tensors_of(Path(directory)))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens] without padding -> [batch, tokens, hidden]."""
+        states = self.tok_embeddings(tokens)
+        angles = self.rotary(states, torch.arange(tokens.shape[1])[None])
+        for layer in self.layers:
+            states = layer(states, angles)
+        return self.norm(states)
+
+
+class _InternLM2Layer(torch.nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.groups, self.head_dim = config.num_key_value_heads, hidden // config.num_attention_heads
+
+        def linears(**shapes: tuple[int, int]) -> torch.nn.ModuleDict:
+            return torch.nn.ModuleDict({name: torch.nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+
+        self.attention = linears(wqkv=(hidden, hidden + 2 * self.groups * self.head_dim), wo=(hidden, hidden))
+        self.feed_forward = linears(w1=(hidden, inner), w3=(hidden, inner), w2=(inner, hidden))
+        self.attention_norm, self.ffn_norm = (LlamaRMSNorm(hidden, config.rms_norm_eps) for _ in range(2))
+
+    def forward(self, states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        fused = self.attention["wqkv"](self.attention_norm(states)).unflatten(-1, (self.groups, -1, self.head_dim))
+        query = fused[..., :-2, :].flatten(2, 3).transpose(1, 2)
+        key, value = (fused[..., part, :].transpose(1, 2) for part in (-2, -1))
+        query, key = apply_rotary_pos_emb(query, key, *angles)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        states = states + self.attention["wo"](mixed.transpose(1, 2).flatten(2))
+        gate, up = (self.feed_forward[name](self.ffn_norm(states)) for name in ("w1", "w3"))
+        return states + self.feed_forward["w2"](silu(gate) * up)

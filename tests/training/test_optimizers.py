@@ -118,11 +118,12 @@ def stock_mixture_losses(base):
 
 
 @pytest.mark.slow
-def test_muon_on_a_mixture_of_experts_equals_the_plain_optimizer(mixture, tmp_path, record_property):
-    """Each expert's matrices are whole on a rank of EP2; TP2 leaves the experts whole and divides the rest."""
+def test_muon_on_a_mixture_of_experts_equals_the_plain_optimizer_in_every_layout(mixture, tmp_path, record_property):
+    """Each expert's matrices are whole on a rank of EP2, and gathered with ETP2; TP2 alone leaves the experts whole."""
     (expected,) = run_on_ranks(stock_mixture_losses, 1, mixture)
     for case, ranks, sizes in (("one", 1, layout()), ("ep2", 2, layout() | {"expert_model_parallel_size": 2}),
-                               ("tp2", 2, layout(2))):
+                               ("tp2", 2, layout(2)), ("etp2", 2, layout(2) | {"expert_tensor_parallel_size": 2}),
+                               ("pp2", 2, layout(pp=2)), ("dp2", 2, layout())):
         values = settings(mixture, tmp_path / case, "muon", sizes=sizes)
         values["training"]["moe_aux_loss_coefficient"] = 0.0
         run_on_ranks(train, ranks, values)
@@ -272,6 +273,17 @@ def test_state_has_the_bytes_that_plan_counts(model, name):
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name))
         ((held, counted),) = run_on_ranks(state_bytes, 1, config)
         assert held == pytest.approx(counted, rel=0.02), dtype
+
+
+@pytest.mark.slow
+def test_state_of_a_mixture_has_the_bytes_that_plan_counts(mixture):
+    from tests.helpers.toys import run_config
+
+    config = run_config(mixture, dtype="bfloat16", distributed=False,
+                        parallel=layout() | {"expert_model_parallel_size": 2})
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="muon"))
+    for held, counted in run_on_ranks(state_bytes, 2, config):
+        assert held == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("change, words", [
