@@ -50,6 +50,20 @@ FAST = (
 )
 """The long rows, whose model takes half a minute to teach, are left to the slow part."""
 
+LARGER_FIRST_PASS = (
+    Case(kind="qwen3", layout=Layout(pp=2, vpp=2, dp=2), tokens=48, rows="lopsided", first_pass=2),
+    Case(kind="bert", layout=Layout(pp=2, vpp=2, dp=2), tokens=128, rows="masked", first_pass=3),
+    Case(kind="qwen3_moe", layout=Layout(pp=2, vpp=2, dp=2, ep=2), tokens=128, rows="masked", first_pass=4),
+    Case(kind="qwen3_moe", layout=Layout(pp=2, vpp=2, dp=2, ep=2), tokens=176, aux=0.1, first_pass=2),
+    Case(kind="qwen3", layout=Layout(pp=2, cp=2), micro_batches=4, rows="masked", first_pass=2),
+    Case(kind="qwen3", layout=Layout(dp=2), tokens=128, rows="masked", first_pass=2, overlap=True, distributed=True),
+    Case(kind="qwen3", layout=Layout(dp=2), tokens=144, rows="masked", first_pass=4, adapters=True),
+    Case(kind="qwen3", layout=Layout(dp=2), tokens=128, rows="masked", first_pass=2, keep=1, overlap=True,
+         distributed=True),
+    Case(kind="bert", layout=Layout(dp=2), tokens=48, rows="lopsided", first_pass=3, keep=2),
+    Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), micro_batches=4, aux=0.1, first_pass=2, keep=2),
+)
+
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
@@ -75,44 +89,13 @@ def test_gradients_equal_one_process(oracle, cases):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", by_layout(all_cases()), ids=lambda cases: str(cases[0].layout))
+@pytest.mark.parametrize("cases", [
+    pytest.param(cases, id=f"{name}, {cases[0].layout}") for name, of_kind in (
+        ("one vector", all_cases()), ("Dense modules", dense_cases()), ("context parallelism by heads", head_cases()),
+        ("a vector per token", multi_vector_cases()), ("sparse", sparse_cases()), ("rounded", stored_cases()),
+        ("with other models' vectors", other_model_cases()), ("larger first pass", LARGER_FIRST_PASS))
+    for cases in by_layout(of_kind)])
 def test_gradients_equal_one_process_in_every_layout(oracle, cases):
-    check(oracle, cases)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cases", by_layout(dense_cases()), ids=lambda cases: str(cases[0].layout))
-def test_gradients_of_dense_modules_equal_sentence_transformers(oracle, cases):
-    check(oracle, cases)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cases", by_layout(head_cases()), ids=lambda cases: str(cases[0].layout))
-def test_gradients_of_context_parallelism_by_heads_equal_one_process(oracle, cases):
-    check(oracle, cases)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cases", by_layout(multi_vector_cases()), ids=lambda cases: str(cases[0].layout))
-def test_gradients_of_a_vector_per_token_equal_one_process(oracle, cases):
-    check(oracle, cases)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cases", by_layout(sparse_cases()), ids=lambda cases: str(cases[0].layout))
-def test_gradients_of_sparse_vectors_equal_one_process(oracle, cases):
-    check(oracle, cases)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cases", by_layout(stored_cases()), ids=lambda cases: str(cases[0].layout))
-def test_gradients_of_rounded_vectors_equal_one_process(oracle, cases):
-    check(oracle, cases)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cases", by_layout(other_model_cases()), ids=lambda cases: str(cases[0].layout))
-def test_gradients_with_vectors_by_other_models_equal_one_process(oracle, cases):
     check(oracle, cases)
 
 
@@ -129,27 +112,6 @@ def pretend_ranks():
 @pytest.mark.parametrize("cases", by_layout([*flash_cases(), *head_flash_cases()]),
                          ids=lambda cases: str(cases[0].layout))
 def test_gradients_by_flash_kernels_equal_one_process(oracle, pretend_ranks, cases):
-    check(oracle, cases)
-
-
-LARGER_FIRST_PASS = (
-    Case(kind="qwen3", layout=Layout(pp=2, vpp=2, dp=2), tokens=48, rows="lopsided", first_pass=2),
-    Case(kind="bert", layout=Layout(pp=2, vpp=2, dp=2), tokens=128, rows="masked", first_pass=3),
-    Case(kind="qwen3_moe", layout=Layout(pp=2, vpp=2, dp=2, ep=2), tokens=128, rows="masked", first_pass=4),
-    Case(kind="qwen3_moe", layout=Layout(pp=2, vpp=2, dp=2, ep=2), tokens=176, aux=0.1, first_pass=2),
-    Case(kind="qwen3", layout=Layout(pp=2, cp=2), micro_batches=4, rows="masked", first_pass=2),
-    Case(kind="qwen3", layout=Layout(dp=2), tokens=128, rows="masked", first_pass=2, overlap=True, distributed=True),
-    Case(kind="qwen3", layout=Layout(dp=2), tokens=144, rows="masked", first_pass=4, adapters=True),
-    Case(kind="qwen3", layout=Layout(dp=2), tokens=128, rows="masked", first_pass=2, keep=1, overlap=True,
-         distributed=True),
-    Case(kind="bert", layout=Layout(dp=2), tokens=48, rows="lopsided", first_pass=3, keep=2),
-    Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), micro_batches=4, aux=0.1, first_pass=2, keep=2),
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cases", by_layout(LARGER_FIRST_PASS), ids=lambda cases: str(cases[0].layout))
-def test_gradients_with_a_larger_first_pass_equal_one_process(oracle, cases):
     check(oracle, cases)
 
 
