@@ -1,6 +1,7 @@
 """A process that is asked to stop: at once where there is nothing to lose, and not in the middle of something."""
 
 import datetime
+import gc
 import json
 import os
 import signal
@@ -55,17 +56,19 @@ def child(work, status):
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        gc.freeze()  # or a collection ends the parent's stores and groups, whose threads are not here: an abort
         code = 99
         try:
             os.environ[STATUS_FILE_VARIABLE] = str(status)
             code = work(lambda: os.write(writer, b"x"))
         finally:
             os._exit(code)
-    os.read(reader, 1)
-    start = time.monotonic()
+    os.close(writer)
+    told, start = os.read(reader, 1), time.monotonic()
     os.kill(pid, signal.SIGTERM)
-    os.close(reader), os.close(writer)
+    os.close(reader)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert told, f"ended with {code} before it said where it is"
     assert time.monotonic() - start < 20
     return code, json.loads(status.read_text())
 
