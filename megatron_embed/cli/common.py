@@ -11,6 +11,13 @@ from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.names import INDEXES, POOLINGS
 from megatron_embed.platform.terminal_text import printable
 
+_COMMANDS_OF_OTHERS = {
+    "sft": "train", "pt": "train", "fit": "train", "finetune": "train", "fine-tune": "train", "run": "train",
+    "export": "convert megatron-to-hf", "merge-lora": "convert megatron-to-hf", "infer": "encode", "embed": "encode",
+    "predict": "encode", "eval": "evaluate", "test": "evaluate", "deploy": "serve", "app": "serve",
+    "config": "init", "tokenize": "data tokenize", "version": "--version"}
+"""Commands of other trainers, and what does the same here."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError for bad arguments: one line, from one rank, exit code 2.
@@ -18,19 +25,16 @@ class Parser(argparse.ArgumentParser):
     Attributes:
         rest: name and type of the positional argument that also takes the values after options. argparse itself ends
             it at the first option, as in `plan run.yaml --gpus 8 training.micro_batch_size=4`. None: there is none.
+        takes_settings: whether these are settings of a run, of every section.
     """
 
     rest: tuple[str, Callable[[str], str]] | None = None
+    takes_settings = False
 
     def parse_known_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
                          namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
+        self._refuse_unknown_options(sys.argv[1:] if args is None else args)
         namespace, unknown = super().parse_known_args(args, namespace)
-        if "--config" in unknown and "config" in namespace:
-            self.error(f"the configuration needs no option: `{self.prog} {namespace.config}`")
-        for text in unknown:
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            if nearest := text.startswith("--") and difflib.get_close_matches(text.partition("=")[0], known, n=1):
-                self.error(f"unrecognized arguments: {' '.join(unknown)}; did you mean {nearest[0]}?")
         if self.rest is None or any(text.startswith("-") for text in unknown):
             return namespace, unknown
         name, convert = self.rest
@@ -40,6 +44,41 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentTypeError as error:
             self.error(str(error))
         return namespace, []
+
+    def _refuse_unknown_options(self, args: Sequence[str]) -> None:
+        """The first unknown option is named; argparse would take its value for one of the positional arguments."""
+        if self._subparsers is not None:
+            return
+        for text, following in zip(args, [*args[1:], ""], strict=False):
+            option, _, value = text.partition("=")
+            if text == "--":
+                return
+            if text.startswith("--") and not any(name.startswith(option) for name in self._option_string_actions):
+                self.error(self._answer(option, value or following))
+
+    def _answer(self, option: str, value: str) -> str:
+        """What an unknown option is here, or the nearest one that there is."""
+        if option == "--config" and any(action.dest == "config" for action in self._get_positional_actions()):
+            return f"the configuration needs no option: `{self.prog} {value}`"
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        if near := difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.75):
+            return f"unrecognized arguments: {option}; did you mean {near[0]}?"
+        if not self.takes_settings:
+            return f"unrecognized arguments: {option}"
+        from megatron_embed.config.schema import RunConfig
+        from megatron_embed.config.unknown_keys import setting_for_option
+
+        instead = setting_for_option(RunConfig, option.lstrip("-").replace("-", "_"))
+        return f"unrecognized arguments: {option}; settings have no dashes: {instead}"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = difflib.get_close_matches(str(value), list(map(str, action.choices or ())), n=1)
+            if action.dest == "command" and (instead := _COMMANDS_OF_OTHERS.get(str(value), *near[:1])):
+                error.message = f"invalid choice: {value!r}; did you mean `{instead}`?"
+            raise
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -117,7 +156,7 @@ def add_overrides(parser: argparse.ArgumentParser, prefix: str, metavar: str) ->
                                    help="Settings that override the configuration")
     settings.required = False  # argparse names it among missing arguments otherwise
     assert isinstance(parser, Parser)
-    parser.rest = "overrides", override
+    parser.rest, parser.takes_settings = ("overrides", override), not prefix
 
 
 def add_subdirectory(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,23 @@ def refuse_unknown_keys(target: Any, tree: Node) -> None:
     raise ConfigError(" | ".join(refusals))
 
 
+def setting_for_option(target: Any, name: str) -> str:
+    """What to write in place of an option of another trainer's command line, without its dashes.
+
+    Args:
+        target: the dataclass of a run.
+        name: in lower case, with underscores.
+    """
+    known: dict[str, list[str]] = {}
+    for dotted in _dotted_keys(target, ""):
+        known.setdefault(dotted.rpartition(".")[2], []).append(dotted)
+    word, same = foreign_word(name), known.get(name, [])
+    if word is not None and not set(same).intersection(word.keys):
+        return word.answer(name) + (f"; write {word.keys[0]}=VALUE" if word.keys else "")
+    near = same or [key for key in difflib.get_close_matches(name, known, n=1, cutoff=0.75) for key in known[key]]
+    return "write " + " or ".join(f"{dotted}=VALUE" for dotted in near or ["section.key"])
+
+
 class _Known:
     """The keys of a run.
 
