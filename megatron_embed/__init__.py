@@ -21,7 +21,7 @@ def load(directory: str, *, pooling: str | None = None, max_length: int | None =
 
     Args:
         directory: Hugging Face or Sentence Transformers directory, one of our checkpoints, or a hub name.
-        pooling: None: the model's own setting, else lasttoken.
+        pooling: None: the model's own setting, else mean for an encoder and lasttoken for a decoder.
         max_length: longest text in tokens, special tokens included; None: the model's own setting.
         dtype: computation dtype: auto, float32 or bfloat16; None: the model's own setting, else float32. auto:
             bfloat16 where the GPU or processor has instructions for it, else float32.

@@ -171,6 +171,8 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
     file = path / INFO_FILE
     if not file.is_file():
         hint = "; it is a Hugging Face directory already" if (path / "config.json").is_file() else ""
+        if inner := next((folder for folder in sorted(path.glob("*")) if is_checkpoint(folder)), None):
+            hint = f"; {inner} is one"
         raise CheckpointError(f"{path}: no {INFO_FILE}, so this is not a checkpoint of megatron-embed{hint}; "
                               "give a directory that `convert hf-to-megatron` or `train` wrote")
     try:

@@ -131,7 +131,7 @@ class GlobalBatchSampler(Sampler):
         batches, num_duplicates = divided(texts, len(rows), size)
         if num_duplicates and not self.num_duplicates:
             logger.warning("%s: in steps %d to %d, %d of %d rows share a global batch with an equal text (one text is "
-                           "in %d rows); fewer with a smaller training.global_batch_size or data.num_negatives",
+                           "in %d rows); objective.mask_duplicates: true keeps them from being each other's negatives",
                            self._name, steps.start + 1, steps.stop, num_duplicates, len(rows), texts.most_rows)
         self.num_duplicates += num_duplicates
         return rows[np.array(batches, dtype=np.int64)]

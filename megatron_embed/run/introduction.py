@@ -142,8 +142,9 @@ def _batch(config: RunConfig, ranks: int) -> str:
     else:
         count = training.global_batch_size // (training.micro_batch_size * dp)
         parts = f"{count} micro-batch(es) x {training.micro_batch_size} queries x {dp} data-parallel rank(s)"
-    negatives = f"{config.data.num_negatives} hard negative(s) per query"
-    if config.workload.rows == "rerank" and not config.data.num_negatives:
+    most = config.data.num_negatives
+    negatives = f"up to {most} hard negative(s) per query" if most else "no hard negatives"
+    if config.workload.rows == "rerank" and not most:
         negatives = "all documents of a row"
     return f"{training.global_batch_size:,} queries per step = {parts}; {negatives}, loss {config.objective.loss}"
 

@@ -70,7 +70,7 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
     elif known is not None and known != describe_rows(records, known["order"]):
         raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
                        f"{len(records)} rows that are not the {known['rows']} rows this run began with "
-                       f"({before.get('data.train')})")
+                       f"({_changed_entries(before.get('data.train', []), to_dict(config)['data']['train'])})")
     if known is not None and known["order"] != ORDER_VERSION:
         logger.info("%s began with an earlier version's order of rows, which it keeps%s", checkpoint.parent,
                     ": every start reads all rows where some are held out" if known["order"] == 1 else "")
@@ -79,6 +79,16 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
                if key in before and before[key] != value and key not in same]
     if changed:
         logger.info("resuming %s with other settings: %s", checkpoint, "; ".join(changed))
+
+
+def _changed_entries(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """What differs between two lists of data.train, in words."""
+    paths = [[entry["path"] for entry in entries] for entries in (before, now)]
+    if paths[0] != paths[1]:
+        return f"those of {', '.join(paths[0])}"
+    changes = [f"{new['path']}: {key} was {old.get(key)} and is {value}"
+               for old, new in zip(before, now, strict=True) for key, value in new.items() if old.get(key) != value]
+    return "; ".join(changes) or "the files are not the same"
 
 
 def is_unchanged(config: RunConfig, checkpoint: Path) -> bool:
