@@ -35,8 +35,7 @@ def temperatures(directory):
 @pytest.mark.parametrize("ranks, sizes, distributed", [
     pytest.param(1, layout(), True, marks=pytest.mark.slow), (2, layout(), True), pytest.param(
         2, layout(), False, marks=pytest.mark.slow),
-    pytest.param(2, layout(2), True, marks=pytest.mark.slow), (2, layout(pp=2), True),
-    pytest.param(2, layout(cp=2), False, marks=pytest.mark.slow)],
+    (2, layout(2), True), (2, layout(pp=2), True), pytest.param(2, layout(cp=2), False, marks=pytest.mark.slow)],
     ids=["one", "dp2", "dp2_plain", "tp2", "pp2", "cp2_plain"])
 def test_resumed_run_repeats_the_curve_bit_for_bit(model, tmp_path, ranks, sizes, distributed):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

@@ -1,5 +1,6 @@
 """Pages of the site: the navigation is complete, configurations load, commands parse; marked slow: every block runs."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 import yaml
 
 from megatron_embed.__main__ import build_parser
-from megatron_embed.config.load import load_config
+from megatron_embed.config.load import load_config, load_text
+from megatron_embed.init.translate import translated
 from tests.helpers.pages import DOCS, blocks_of, commands_of, script_of
 from tests.helpers.toys import MINILM, REPOSITORY
 
@@ -63,6 +65,15 @@ def test_our_side_of_a_comparison_is_valid(page, tmp_path):
                 parser.parse_args(arguments)
                 commands += 1
     assert yamls and commands and theirs >= yamls
+
+
+def test_ours_beside_a_launch_line_of_ms_swift_is_what_init_writes():
+    blocks, count = blocks_of(DOCS / "from" / "ms_swift.md"), 0
+    for theirs, ours in itertools.pairwise(blocks):
+        if "swift sft" in theirs.text and ours.language == "yaml":
+            assert load_text(ours.text, "page") == load_text(translated(theirs.text).text(), "init")
+            count += 1
+    assert count == 2
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "zh" / "tutorials").glob("*.md")), ids=name_of)
