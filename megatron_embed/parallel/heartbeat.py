@@ -4,7 +4,6 @@ A heartbeat is the text "COUNT STATE"; its count rises with each one.
 """
 
 import contextlib
-import datetime
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 
 from megatron_embed.errors import LostRankError, PreemptedError, UserError, first_line
+from megatron_embed.parallel.relay import connect
 from megatron_embed.parallel.signing import Signer
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform import stop_signal as stop
@@ -142,9 +142,8 @@ class HeartbeatMonitor:
 
     def _run(self) -> None:
         try:
-            client = dist.TCPStore(*self._address, is_master=False, wait_for_workers=False,
-                                   timeout=datetime.timedelta(seconds=max(10.0, self._silence_seconds)))
-            store = dist.PrefixStore(self._signer.key_prefix("heartbeats"), client)
+            store = dist.PrefixStore(self._signer.key_prefix("heartbeats"),
+                                     connect(self._address, max(10.0, self._silence_seconds)))
             if self._rank == 0:
                 for rank in range(1, self._world_size):
                     store.set(f"heartbeat/{rank}", self._signer.sign(f"heartbeat/{rank}", f"0 {ALIVE}"))

@@ -3,16 +3,17 @@
 import contextlib
 import datetime
 import ipaddress
-import os
 import socket
 import time
 
 import torch.distributed as dist
 
 from megatron_embed.errors import ConfigError, LostRankError, PreemptedError, UserError
+from megatron_embed.parallel.relay import connect, serve
 from megatron_embed.parallel.signing import SECRET_VARIABLE, Signer
 from megatron_embed.platform.launcher import (
     all_ranks_on_this_node,
+    hosted_by_agent,
     launched_rank,
     launcher_names_runs,
     rendezvous_address,
@@ -51,7 +52,7 @@ class Rendezvous:
         """
         self._rank, self._world_size = rank, world_size
         self._address, self._signer = rendezvous_address(), Signer()
-        self._hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._hosts_store = rank == 0 and not hosted_by_agent()
         try:
             listener = listening_socket(*self._address) if self._hosts_store else None
             self._store = self._open(CONNECT_SECONDS, listener) if self._hosts_store else None
@@ -61,6 +62,7 @@ class Rendezvous:
             host, port = self._address
             raise ConfigError(f"MASTER_PORT = {port}: another process of {host} listens there, perhaps another run's; "
                               "choose another port for this run, or wait for the end of the other") from error
+        serve(self._address)
 
     def wait_for_all(self, timeout_seconds: int) -> None:
         """Wait until every rank has arrived.
@@ -258,8 +260,9 @@ def _set_outcome(store: dist.Store, signer: Signer, outcome: str) -> str:
 def _store_at(address: tuple[str, int], hosts_store: bool, timeout_seconds: float,
               listener: int | None = None) -> dist.Store:
     """This run's part of the key-value store at an address; `listener`: the socket of a store that is hosted here."""
-    store = dist.TCPStore(*address, None, hosts_store, wait_for_workers=False, multi_tenant=True,
-                          timeout=datetime.timedelta(seconds=timeout_seconds), master_listen_fd=listener)
+    store = dist.TCPStore(*address, None, True, wait_for_workers=False, multi_tenant=True,
+                          timeout=datetime.timedelta(seconds=timeout_seconds),
+                          master_listen_fd=listener) if hosts_store else connect(address, timeout_seconds)
     return dist.PrefixStore(Signer().key_prefix("rendezvous"), store)
 
 

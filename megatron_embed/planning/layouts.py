@@ -19,9 +19,6 @@ LONG_TEXT = 4096
 """Tokens of the longest text from which on context parallelism is tried; below, it only adds communication."""
 TOKEN_BUDGETS = (2048, 4096, 8192, 16384)
 """Tokens of a micro-batch in proposals for a run without `training.micro_batch_tokens`."""
-FILES_OF_A_RANK, CONNECTIONS_PER_RANK = 100, 2
-"""Open files of a rank itself (71 on CPU ranks, tools/bench_groups.py), and connections to the run's store: of the
-process group, and of its heartbeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +31,6 @@ class Plan:
     memory: Memory
     time: StepTime
     fits: bool
-
-
-def files_of_store_process(ranks: int) -> int:
-    """Open files of the process that hosts a run's key-value store: rank 0, or torchrun's agent on the first node."""
-    return FILES_OF_A_RANK + CONNECTIONS_PER_RANK * ranks
 
 
 def plan_layout(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU,

@@ -2,9 +2,10 @@
 
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
+from megatron_embed.parallel.open_files import files_of_store_process, files_with_relays
 from megatron_embed.planning.flops import StepTime, forward_passes, has_first_pass, model_flops, step_tokens
-from megatron_embed.planning.hardware import GPU
-from megatron_embed.planning.layouts import Plan, describe, files_of_store_process
+from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
+from megatron_embed.planning.layouts import Plan, describe
 from megatron_embed.planning.memory import GIB, Grid, first_pass_micro_batches, grid_of
 from megatron_embed.planning.parameters import (
     AdaptedLinears,
@@ -43,8 +44,9 @@ def report(plan: Plan, shape: ModelShape, gpus: int, gpu: GPU, adapted: AdaptedL
         *_time_lines(plan.time),
         f"  that is {utilization:.0%} of the peak (model FLOPs; an estimate to compare layouts, not a measurement)"]
     if (files := files_of_store_process(gpus)) > USUAL_LIMIT:
-        lines.append(f"Open files of the process that hosts the run's store: {files:,}, which the hard limit there "
-                     "(`ulimit -Hn`) must allow")
+        lines.append(f"Open files of the process that hosts the run's store: {files:,}; where the hard limit "
+                     f"(`ulimit -Hn`) is lower, {files_with_relays(gpus, GPUS_PER_NODE):,}, through one rank of each "
+                     "node")
     if not plan.fits:
         lines += ["", advice(plan)]
     return "\n".join(lines)

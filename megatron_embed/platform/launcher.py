@@ -144,6 +144,11 @@ def all_ranks_on_this_node() -> bool:
     return env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES")) == "1"
 
 
+def hosted_by_agent() -> bool:
+    """Whether torchrun's agent on the first node hosts the run's key-value store, not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def run_name() -> str:
     """A name of this start of this run, different from every other one at the same address: the launcher's id and the
     number of restarts. Equal on all ranks.

@@ -6,6 +6,7 @@ import resource
 from typing import TYPE_CHECKING
 
 from megatron_embed.errors import ConfigError
+from megatron_embed.parallel.open_files import files_of_store_process, files_with_relays
 from megatron_embed.platform.bf16_support import processor_has_bf16
 from megatron_embed.platform.doctor import Check
 from megatron_embed.platform.gpus import visible_gpus
@@ -25,19 +26,21 @@ def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_fre
         min_free_gib: least free space on the disks of the output directories, however little the run writes.
     """
     config = _with_local_dtype(config)
-    return [_layout(config, ranks), _devices(config, ranks_per_node), _open_files(ranks), *check_inputs(config),
+    return [_layout(config, ranks), _devices(config, ranks_per_node), _open_files(ranks, ranks_per_node),
+            *check_inputs(config),
             *check_output_directories(config, min_free_gib)]
 
 
-def _open_files(ranks: int) -> Check:
-    """Whether the process that hosts the run's store may have a connection of every rank, and one of its heartbeats."""
-    from megatron_embed.planning.layouts import files_of_store_process
-
-    needed = files_of_store_process(ranks)
+def _open_files(ranks: int, ranks_per_node: int) -> Check:
+    """Whether the process that hosts the run's store may have the connections of every rank, or of every node."""
+    needed, least = files_of_store_process(ranks), files_with_relays(ranks, ranks_per_node)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = hard == resource.RLIM_INFINITY
+    uses_relays = not unlimited and hard < needed and ranks_per_node < ranks
+    where = "where the store is" + (f", through one rank of each node (without: {needed:,})" if uses_relays else "")
+    needed = least if uses_relays else needed
     return Check(name="open files", value=f"up to {'any number' if unlimited else f'{hard:,}'} (now {soft:,}); "
-                 f"{needed:,} where the store is",
+                 f"{needed:,} {where}",
                  remedy="" if unlimited or hard >= needed else f"ask for a hard limit of {needed:,} (`ulimit -Hn`, "
                  "/etc/security/limits.conf, LimitNOFILE of slurmd): the process that hosts the store needs as many")
 

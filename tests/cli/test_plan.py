@@ -9,8 +9,9 @@ import yaml
 
 from megatron_embed.__main__ import main
 from megatron_embed.config.load import load_config
+from megatron_embed.parallel.open_files import files_of_store_process, files_with_relays
 from megatron_embed.planning.hardware import GPUS
-from megatron_embed.planning.layouts import candidates, files_of_store_process, plan_layout
+from megatron_embed.planning.layouts import candidates, plan_layout
 from megatron_embed.planning.shapes import shape_of
 from tests.helpers.launcher_variables import _one_rank  # noqa: F401  without a launcher's variables
 from tests.helpers.toys import REPOSITORY
@@ -54,7 +55,7 @@ def test_memory_decides_and_the_remedy_works(capsys):
     assert code == 2 and "IT DOES NOT FIT" in out and "lower training.micro_batch_tokens" in out
     assert plan(capsys, *wide, "--gpu", "h200")[0] == 0
     assert plan(capsys, *wide, "--gpu", "h100", "training.recompute=full")[0] == 0
-    assert "Open files" not in out and files_of_store_process(1024) == 2148
+    assert "Open files" not in out and files_of_store_process(1024) == 2148 and files_with_relays(1024, 8) == 636
     assert "Open files of the process that hosts the run's store: 1,124" in plan(
         capsys, LARGE, "--gpus", "512", "training.global_batch_size=4096", "--gpu", "h200")[1]
     code, out, _ = plan(capsys, LARGE, "--gpus", "8", "model.path=Qwen/Qwen3-32B",
