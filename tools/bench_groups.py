@@ -1,18 +1,24 @@
 """What starting the process groups of a layout costs: open files and CPU seconds per rank, and how they grow.
 
     python tools/bench_groups.py [--ranks 16 32 64] [--fake 64 256 1024] [--layout tp2 pp2]
+    python tools/bench_groups.py --ranks --fake --store 1024 --ranks-per-node 8 --open-files 1024
 
 Real ranks are forks on this machine that talk over gloo, each group once; then the same as it would be without
 parallel/connections.py (every group connects fully, none is shared). The fake world calls the same code without
 connections, as rank 0 of that many: its time is Python's alone, its groups are those of a rank.
+
+`--store`: as many forks as ranks go through the rendezvous, exchange the addresses of 2 log2(ranks) peers in the store
+of the group and send heartbeats, but have no process group; printed are the open files of rank 0, which hosts the store.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
 import resource
+import socket
 import statistics
 import sys
 import tempfile
@@ -24,7 +30,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig
-from megatron_embed.parallel import connections, topology
+from megatron_embed.parallel import connections, heartbeat, relay, topology
+from megatron_embed.parallel.rendezvous import Rendezvous
 
 PLAIN = {"TORCH_GLOO_LAZY_INIT": "0"}
 
@@ -105,6 +112,66 @@ def in_fake_world(ranks: int, sizes: ParallelConfig) -> dict[str, float]:
     return result
 
 
+def files_of_host(ranks: int, ranks_per_node: int, *, relays: bool) -> tuple[int, float]:
+    """(open files of rank 0 while all ranks are connected to its store, seconds from the first fork to then); (0, 0.0)
+    if a rank failed."""
+    gc.collect()
+    gc.freeze()  # so that forks share the memory
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    reader, writer = os.pipe()
+    children, start = [], time.perf_counter()
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                files = meet(rank, ranks, ranks_per_node, port, relays=relays)
+                if rank == 0:
+                    os.write(writer, str(files).encode())
+                code = 0
+            os._exit(code)
+        children.append(child)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        files, seconds = int(pipe.read() or 0), time.perf_counter() - start
+    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return (0, 0.0) if any(failed) else (files, seconds)
+
+
+def meet(rank: int, ranks: int, ranks_per_node: int, port: int, *, relays: bool) -> int:
+    """Open files of this process while all ranks are connected to the store."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank % ranks_per_node),
+                   "LOCAL_WORLD_SIZE": str(ranks_per_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    name = relay._socket_name
+    relay._socket_name = lambda address: f"{name(address)}-{rank // ranks_per_node}"
+    relay._HARD_LIMIT = 2 * ranks if relays else resource.RLIM_INFINITY
+    barrier = Rendezvous(rank, ranks)
+    barrier.wait_for_all(600)
+    monitor = heartbeat.HeartbeatMonitor("127.0.0.1", port, rank=rank, world_size=ranks, silence_seconds=300.0,
+                                         on_loss=lambda message, is_reporting_rank: os._exit(1))
+    store = barrier.group_store(600)
+    store.set(f"address/{rank}", bytes(200))  # type: ignore[arg-type]  # bytes are taken
+    for power in range(ranks.bit_length() - 1):
+        for peer in (rank + 2**power, rank - 2**power):
+            store.get(f"address/{peer % ranks}")
+    store.add("ready", 1)
+    while rank == 0 and store.add("ready", 0) < ranks:
+        time.sleep(0.2)
+    files = len(os.listdir("/proc/self/fd"))
+    if rank == 0:
+        store.set("end", "")
+    store.wait(["end"])
+    monitor.close(heartbeat.DONE)
+    for other in relay._relays.values():
+        other._linger()
+    store.add("left", 1)
+    while rank == 0 and store.add("left", 0) < ranks:
+        time.sleep(0.2)
+    return files
+
+
 def exponent(small: tuple[int, float], large: tuple[int, float]) -> float:
     return math.log(large[1] / small[1]) / math.log(large[0] / small[0])
 
@@ -114,6 +181,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 64])
     parser.add_argument("--fake", type=int, nargs="*", default=[64, 256, 1024])
     parser.add_argument("--layout", nargs="*", default=["tp2", "pp2"], help="tp, pp and cp sizes; none: data parallel")
+    parser.add_argument("--store", type=int, nargs="*", default=[], help="ranks whose connections to a store to count")
+    parser.add_argument("--ranks-per-node", type=int, default=8)
     parser.add_argument("--open-files", type=int, help="RLIMIT_NOFILE of the ranks, both limits")
     args = parser.parse_args()
     if args.open_files:
@@ -128,6 +197,12 @@ def main() -> int:
             cells += [f"{result['groups']:.0f}", f"{result['files']:.0f}", f"{result['cpu']:.3f}"] if result else [
                 "fails", "", ""]
         print("|", " | ".join(map(str, cells)), "|", flush=True)
+    for ranks in args.store:
+        for relays in (True, False):
+            files, seconds = files_of_host(ranks, args.ranks_per_node, relays=relays)
+            how = f"through a relay on each of {ranks // args.ranks_per_node} nodes" if relays else "directly"
+            print(f"store of {ranks} ranks, {how}: " + (f"{files:,} open files of its host, {seconds:.0f} s" if files
+                                                       else "fails"), flush=True)
     fakes = {ranks: in_fake_world(ranks, sizes) for ranks in args.fake}
     for ranks, result in fakes.items():
         print(f"fake world of {ranks}: {result['groups']:.0f} groups with {result['peers']:.0f} peers, "
