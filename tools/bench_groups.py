@@ -7,8 +7,9 @@ Real ranks are forks on this machine that talk over gloo, each group once; then 
 parallel/connections.py (every group connects fully, none is shared). The fake world calls the same code without
 connections, as rank 0 of that many: its time is Python's alone, its groups are those of a rank.
 
-`--store`: as many forks as ranks go through the rendezvous, exchange the addresses of 2 log2(ranks) peers in the store
-of the group and send heartbeats, but have no process group; printed are the open files of rank 0, which hosts the store.
+`--store`: ranks go through the rendezvous, exchange the addresses of 2 log2(ranks) peers in the group's store and send
+heartbeats, without a process group. Local rank 0 of a node is a process, its other ranks are threads of another one.
+Printed are the open files of rank 0, which hosts the store.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -34,6 +36,8 @@ from megatron_embed.parallel import connections, heartbeat, relay, topology
 from megatron_embed.parallel.rendezvous import Rendezvous
 
 PLAIN = {"TORCH_GLOO_LAZY_INIT": "0"}
+MEETING_SECONDS = 150
+"""How long a rank waits for the others."""
 
 
 def sizes_of(layout: list[str]) -> ParallelConfig:
@@ -122,17 +126,18 @@ def files_of_host(ranks: int, ranks_per_node: int, *, relays: bool) -> tuple[int
         port = free.getsockname()[1]
     reader, writer = os.pipe()
     children, start = [], time.perf_counter()
-    for rank in range(ranks):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            with contextlib.suppress(BaseException):
-                files = meet(rank, ranks, ranks_per_node, port, relays=relays)
-                if rank == 0:
-                    os.write(writer, str(files).encode())
-                code = 0
-            os._exit(code)
-        children.append(child)
+    for first in range(0, ranks, ranks_per_node):
+        for own in (range(first, first + 1), range(first + 1, first + ranks_per_node)):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                with contextlib.suppress(BaseException):
+                    files = meet(own, ranks, ranks_per_node, port, relays=relays)
+                    if own[0] == 0:
+                        os.write(writer, str(files).encode())
+                    code = 0
+                os._exit(code)
+            children.append(child)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         files, seconds = int(pipe.read() or 0), time.perf_counter() - start
@@ -140,18 +145,27 @@ def files_of_host(ranks: int, ranks_per_node: int, *, relays: bool) -> tuple[int
     return (0, 0.0) if any(failed) else (files, seconds)
 
 
-def meet(rank: int, ranks: int, ranks_per_node: int, port: int, *, relays: bool) -> int:
-    """Open files of this process while all ranks are connected to the store."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank % ranks_per_node),
+def meet(own: range, ranks: int, ranks_per_node: int, port: int, *, relays: bool) -> int:
+    """Open files of this process, which has some ranks of a node, while all ranks are connected to the store."""
+    os.environ |= {"RANK": str(own[0]), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(own[0] % ranks_per_node),
                    "LOCAL_WORLD_SIZE": str(ranks_per_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     name = relay._socket_name
-    relay._socket_name = lambda address: f"{name(address)}-{rank // ranks_per_node}"
+    relay._socket_name = lambda address: f"{name(address)}-{own[0] // ranks_per_node}"
     relay._HARD_LIMIT = 2 * ranks if relays else resource.RLIM_INFINITY
+    with ThreadPoolExecutor(len(own)) as threads:
+        files = next(iter(threads.map(lambda rank: meet_as(rank, ranks, port), own)))
+    for other in relay._relays.values():
+        other._linger()
+    return files
+
+
+def meet_as(rank: int, ranks: int, port: int) -> int:
+    """What a rank writes into the store at its start and reads from it, and its heartbeats."""
     barrier = Rendezvous(rank, ranks)
-    barrier.wait_for_all(600)
+    barrier.wait_for_all(MEETING_SECONDS)
     monitor = heartbeat.HeartbeatMonitor("127.0.0.1", port, rank=rank, world_size=ranks, silence_seconds=300.0,
                                          on_loss=lambda message, is_reporting_rank: os._exit(1))
-    store = barrier.group_store(600)
+    store = barrier.group_store(MEETING_SECONDS)
     store.set(f"address/{rank}", bytes(200))  # type: ignore[arg-type]  # bytes are taken
     for power in range(ranks.bit_length() - 1):
         for peer in (rank + 2**power, rank - 2**power):
@@ -164,8 +178,6 @@ def meet(rank: int, ranks: int, ranks_per_node: int, port: int, *, relays: bool)
         store.set("end", "")
     store.wait(["end"])
     monitor.close(heartbeat.DONE)
-    for other in relay._relays.values():
-        other._linger()
     store.add("left", 1)
     while rank == 0 and store.add("left", 0) < ranks:
         time.sleep(0.2)
