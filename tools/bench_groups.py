@@ -19,11 +19,14 @@ import json
 import math
 import os
 import resource
+import signal
 import socket
 import statistics
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -61,20 +64,59 @@ def measured(sizes: ParallelConfig, *, plain: bool, talk: bool) -> dict[str, flo
             "peers": sum(group.size() - 1 for group in groups)}
 
 
-def on_ranks(ranks: int, sizes: ParallelConfig, *, plain: bool) -> dict[str, float]:
-    """Medians over real ranks, and the largest number of open files."""
+def join_node(rank: int, ranks: int, ranks_per_node: int, port: int) -> None:
+    """Make this process a rank of a run with so many ranks on a node, whose store is at the port."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank % ranks_per_node),
+                   "LOCAL_WORLD_SIZE": str(ranks_per_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    name = relay._socket_name
+    relay._socket_name = lambda address: f"{name(address)}-{rank // ranks_per_node}"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def all_succeed(children: list[int]) -> bool:
+    """Wait for forks; the first that fails ends the others, which may wait for it."""
+    running, succeeded = set(children), True
+    while running:
+        child, status = os.wait()
+        running.discard(child)
+        if status and succeeded:
+            succeeded = False
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return succeeded
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Print what ends a fork, which must not run what its parent has still to do."""
+    try:
+        yield
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+
+
+def on_ranks(ranks: int, ranks_per_node: int, sizes: ParallelConfig, *, plain: bool) -> dict[str, float]:
+    """Medians over real ranks, the largest number of open files, and that of rank 0, which hosts the store."""
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
                 code = 1
-                with contextlib.suppress(BaseException):
+                with reported():
                     connections.prepare()
-                    os.environ |= (PLAIN if plain else {}) | {"RANK": str(rank), "WORLD_SIZE": str(ranks),
-                                                              "LOCAL_RANK": str(rank)}
+                    os.environ |= PLAIN if plain else {}
+                    join_node(rank, ranks, ranks_per_node, port)
                     torch.set_num_threads(1)
-                    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank,
+                    barrier = Rendezvous(rank, ranks)
+                    barrier.wait_for_all(MEETING_SECONDS)
+                    dist.init_process_group("gloo", store=barrier.group_store(MEETING_SECONDS), rank=rank,
                                             world_size=ranks)
                     result = measured(sizes, plain=plain, talk=True)
                     with open(f"{folder}/{rank}.json", "w", encoding="ascii") as file:
@@ -83,15 +125,14 @@ def on_ranks(ranks: int, sizes: ParallelConfig, *, plain: bool) -> dict[str, flo
                     code = 0
                 os._exit(code)
             children.append(child)
-        failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(failed):
+        if not all_succeed(children):
             return {}
         results = []
         for rank in range(ranks):
             with open(f"{folder}/{rank}.json", encoding="ascii") as file:
                 results.append(json.load(file))
     return {name: statistics.median(result[name] for result in results) for name in results[0]} | {
-        "files": max(result["files"] for result in results)}
+        "files": max(result["files"] for result in results[1:]), "host": results[0]["files"]}
 
 
 def in_fake_world(ranks: int, sizes: ParallelConfig) -> dict[str, float]:
@@ -121,17 +162,14 @@ def files_of_host(ranks: int, ranks_per_node: int, *, relays: bool) -> tuple[int
     if a rank failed."""
     gc.collect()
     gc.freeze()  # so that forks share the memory
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    reader, writer = os.pipe()
+    port, (reader, writer) = free_port(), os.pipe()
     children, start = [], time.perf_counter()
     for first in range(0, ranks, ranks_per_node):
         for own in (range(first, first + 1), range(first + 1, first + ranks_per_node)):
             child = os.fork()
             if child == 0:
                 code = 1
-                with contextlib.suppress(BaseException):
+                with reported():
                     files = meet(own, ranks, ranks_per_node, port, relays=relays)
                     if own[0] == 0:
                         os.write(writer, str(files).encode())
@@ -141,16 +179,12 @@ def files_of_host(ranks: int, ranks_per_node: int, *, relays: bool) -> tuple[int
     os.close(writer)
     with os.fdopen(reader) as pipe:
         files, seconds = int(pipe.read() or 0), time.perf_counter() - start
-    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return (0, 0.0) if any(failed) else (files, seconds)
+    return (files, seconds) if all_succeed(children) else (0, 0.0)
 
 
 def meet(own: range, ranks: int, ranks_per_node: int, port: int, *, relays: bool) -> int:
     """Open files of this process, which has some ranks of a node, while all ranks are connected to the store."""
-    os.environ |= {"RANK": str(own[0]), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(own[0] % ranks_per_node),
-                   "LOCAL_WORLD_SIZE": str(ranks_per_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    name = relay._socket_name
-    relay._socket_name = lambda address: f"{name(address)}-{own[0] // ranks_per_node}"
+    join_node(own[0], ranks, ranks_per_node, port)
     relay._HARD_LIMIT = 2 * ranks if relays else resource.RLIM_INFINITY
     with ThreadPoolExecutor(len(own)) as threads:
         files = next(iter(threads.map(lambda rank: meet_as(rank, ranks, port), own)))
@@ -199,15 +233,17 @@ def main() -> int:
     args = parser.parse_args()
     if args.open_files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (args.open_files, args.open_files))
+        relay._HARD_LIMIT = args.open_files
     sizes = sizes_of(args.layout)
-    print(f"torch {torch.__version__}, {' '.join(args.layout) or 'data parallel'}\n\n| ranks | groups | open files "
-          "| CPU s | before: groups | open files | CPU s |\n|---|---|---|---|---|---|---|")
+    columns = "| groups | open files | of rank 0 | CPU s "
+    print(f"torch {torch.__version__}, {' '.join(args.layout) or 'data parallel'}\n\n| ranks {columns}"
+          f"{columns.replace('groups', 'before: groups')}|\n|{'---|' * 9}")
     for ranks in args.ranks:
         cells: list[Any] = [ranks]
         for plain in (False, True):
-            result = on_ranks(ranks, sizes, plain=plain)
-            cells += [f"{result['groups']:.0f}", f"{result['files']:.0f}", f"{result['cpu']:.3f}"] if result else [
-                "fails", "", ""]
+            result = on_ranks(ranks, args.ranks_per_node, sizes, plain=plain)
+            cells += [f"{result['groups']:.0f}", f"{result['files']:.0f}", f"{result['host']:.0f}",
+                      f"{result['cpu']:.3f}"] if result else ["fails", "", "", ""]
         print("|", " | ".join(map(str, cells)), "|", flush=True)
     for ranks in args.store:
         for relays in (True, False):

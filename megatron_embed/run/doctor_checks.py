@@ -27,8 +27,7 @@ def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_fre
     """
     config = _with_local_dtype(config)
     return [_layout(config, ranks), _devices(config, ranks_per_node), _open_files(ranks, ranks_per_node),
-            *check_inputs(config),
-            *check_output_directories(config, min_free_gib)]
+            *check_inputs(config), *check_output_directories(config, min_free_gib)]
 
 
 def _open_files(ranks: int, ranks_per_node: int) -> Check:

@@ -14,6 +14,7 @@ from megatron_embed.platform.doctor import (
     requirements_of,
     run_checks,
 )
+from megatron_embed.run.doctor_checks import _open_files
 from tests.helpers.toys import REPOSITORY
 
 
@@ -110,3 +111,15 @@ def test_run_that_needs_a_gpu_is_told_so_before_it_starts(monkeypatch, tmp_path,
     code = main(["doctor", "--config", str(config), "--ranks", "8", *([override] if override else [])])
     said = capsys.readouterr().out
     assert code == (1 if remedy else 0) and remedy in said and ("needs GPUs" in said) == bool(remedy)
+
+
+@pytest.mark.parametrize(("ranks", "hard", "value", "remedy"), [
+    (1024, 4096, "up to 4,096 (now 64); 2,148 where the store is", ""),
+    (1024, 1024, "up to 1,024 (now 64); 636 where the store is, through one rank of each node (without: 2,148)", ""),
+    (1024, 600, "up to 600 (now 64); 636 where", "ask for a hard limit of 636 "),
+    (8, 110, "up to 110 (now 64); 116 where the store is", "ask for a hard limit of 116 "),  # a single node
+])
+def test_limit_of_open_files_is_compared_with_connections_to_the_store(monkeypatch, ranks, hard, value, remedy):
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (64, hard))
+    check = _open_files(ranks, 8)
+    assert check.value.startswith(value) and bool(check.remedy) == bool(remedy) and check.remedy.startswith(remedy)
