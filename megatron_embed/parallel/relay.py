@@ -17,7 +17,7 @@ import struct
 import sys
 import threading
 import time
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection
 from typing import Any
 
 import torch.distributed as dist
@@ -163,17 +163,19 @@ class Relay:
         """Start to listen. Raises OSError if another process of this machine does so for this run."""
         self._address, self._lock = address, threading.Lock()
         self._store: dist.Store | None = None
-        self._listener = Listener(_socket_name(address), "AF_UNIX", backlog=128)
+        self._listener, self._ends = socket.socket(socket.AF_UNIX), False
+        self._listener.bind(_socket_name(address))
+        self._listener.listen(128)
         self._clients = set[Connection]()
         atexit.register(self._linger)
         os.register_at_fork(after_in_child=self._close)
         threading.Thread(target=self._accept, name="store-relay", daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
+        while not self._ends:
             try:
-                client = self._listener.accept()
-            except OSError:  # too many open files
+                client = Connection(self._listener.accept()[0].detach())
+            except OSError:  # too many open files, or `_linger`
                 time.sleep(LONGEST_PAUSE)
                 continue
             if not _is_of_this_user(client):
@@ -212,7 +214,11 @@ class Relay:
             self._lock.release()
 
     def _linger(self) -> None:
-        """Wait until the node's other ranks have ended: they need the store as long as they run."""
+        """Wait until the node's other ranks have ended: they need the store as long as they run. Leave the name to the
+        next run."""
+        self._ends = True
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
         deadline = time.monotonic() + LINGER_SECONDS
         while self._clients and time.monotonic() < deadline:
             time.sleep(0.05)

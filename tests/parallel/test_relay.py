@@ -3,8 +3,10 @@
 import contextlib
 import datetime
 import os
+import resource
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,13 +15,17 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
 from megatron_embed.parallel import heartbeat, relay, rendezvous
 from megatron_embed.parallel.rendezvous import Rendezvous
 from megatron_embed.platform import stop_signal as stop
+from tests.helpers.ports import free_port
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, curve
+from tests.helpers.toys import REPOSITORY, save_model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sockets in Linux' abstract namespace")
 PER_NODE = 2
@@ -224,6 +230,8 @@ def test_relay_ends_after_those_that_use_it(relayed):
     threading.Timer(0.4, client._relay.close).start()
     relayed.server._linger()
     assert 0.3 < time.monotonic() - start < 5
+    assert relay._connect_to_relay(relayed.server._address, 0.0) is None
+    relay.Relay(relayed.server._address)  # of the next run
 
 
 def test_fork_of_the_relays_process_holds_no_connection(relayed):
@@ -263,3 +271,34 @@ def test_relay_is_used_only_where_files_are_too_few(monkeypatch, soft, hard, age
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert not relay.is_needed(1024), "the local rank is not known"
+
+
+@pytest.mark.slow
+def test_training_with_few_open_files_has_the_same_curve(tmp_path):
+    """Plain processes as two nodes of two ranks, with a hard limit of 107 files; four ranks ask for 108 without relays.
+    Both nodes are this machine, so that one relay serves them."""
+    model, curves = save_model(tmp_path / "model", "bert", tokenizer=True), []
+    for files in (107, 4096):
+        run, port, named = tmp_path / str(files), free_port(), False
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(configuration(model, run, train_steps=4)))
+        environment = os.environ | {
+            "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        ranks = [subprocess.Popen(
+            [sys.executable, "-m", "megatron_embed", "train", str(tmp_path / "run.yaml")], cwd=REPOSITORY,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}, stdout=subprocess.DEVNULL,
+            preexec_fn=lambda files=files: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
+            stderr=(tmp_path / f"{files}.{rank}.log").open("w")) for rank in range(4)]
+        try:
+            while any(rank.poll() is None for rank in ranks):
+                with open("/proc/net/unix", encoding="ascii", errors="replace") as sockets:
+                    named |= "@megatron-embed-" in sockets.read()
+                time.sleep(0.2)
+            assert [rank.returncode for rank in ranks] == [0] * 4, (tmp_path / f"{files}.0.log").read_text()[-2000:]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        assert named == (files == 107)
+        curves.append(curve(run))
+    assert curves[0] == curves[1] and len(curves[0]) == 4
