@@ -164,8 +164,12 @@ class Relay:
         self._address, self._lock = address, threading.Lock()
         self._store: dist.Store | None = None
         self._listener, self._ends = socket.socket(socket.AF_UNIX), False
-        self._listener.bind(_socket_name(address))
-        self._listener.listen(128)
+        try:
+            self._listener.bind(_socket_name(address))
+            self._listener.listen(128)
+        except OSError:
+            self._listener.close()
+            raise
         self._clients = set[Connection]()
         atexit.register(self._linger)
         os.register_at_fork(after_in_child=self._close)
@@ -217,7 +221,8 @@ class Relay:
         """Wait until the node's other ranks have ended: they need the store as long as they run. Leave the name to the
         next run."""
         self._ends = True
-        self._listener.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # a fork has closed it
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `_accept`
         self._listener.close()
         deadline = time.monotonic() + LINGER_SECONDS
         while self._clients and time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import os
 import resource
 import signal
@@ -147,8 +148,13 @@ def relayed(store, monkeypatch):
     def open_store(seconds=20.0):
         return relay.RelayedStore(address, seconds)
 
+    monkeypatch.setattr(relay, "_relayed_stores", [])
     open_store.server, open_store.ranks = relay.Relay(address), ranks
-    return open_store
+    yield open_store
+    for client in relay._relayed_stores:
+        if client._relay is not None:
+            client._relay.close()
+    open_store.server._linger()
 
 
 def test_every_request_is_answered_as_by_the_store_itself(store, relayed):
@@ -218,7 +224,7 @@ def test_without_its_relay_a_rank_connects_directly(store, relayed, monkeypatch,
         client = relayed(0.5)
     else:
         client = relayed()
-        with mock.patch.object(relay, "_perform", side_effect=lambda *request: time.sleep(2)):
+        with mock.patch.object(relay, "_perform", side_effect=lambda *request: time.sleep(1)):
             client._relay.send_bytes(b'["check", ["a"]]')
             time.sleep(0.1)
     store.set("a", "b")
@@ -231,7 +237,7 @@ def test_relay_ends_after_those_that_use_it(relayed):
     relayed.server._linger()
     assert 0.3 < time.monotonic() - start < 5
     assert relay._connect_to_relay(relayed.server._address, 0.0) is None
-    relay.Relay(relayed.server._address)  # of the next run
+    relay.Relay(relayed.server._address)._linger()  # of the next run
 
 
 def test_fork_of_the_relays_process_holds_no_connection(relayed):
@@ -241,6 +247,7 @@ def test_fork_of_the_relays_process_holds_no_connection(relayed):
     assert descriptors <= open_sockets()
     child = os.fork()
     if child == 0:
+        gc.freeze()  # or a collection ends the parent's stores, whose threads are not here
         os._exit(len(descriptors & open_sockets()))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert client.add("a", 1) == 2
@@ -284,11 +291,12 @@ def test_training_with_few_open_files_has_the_same_curve(tmp_path):
         environment = os.environ | {
             "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        logs = [(tmp_path / f"{files}.{rank}.log").open("w") for rank in range(4)]
         ranks = [subprocess.Popen(
             [sys.executable, "-m", "megatron_embed", "train", str(tmp_path / "run.yaml")], cwd=REPOSITORY,
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}, stdout=subprocess.DEVNULL,
             preexec_fn=lambda files=files: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
-            stderr=(tmp_path / f"{files}.{rank}.log").open("w")) for rank in range(4)]
+            stderr=log) for rank, log in enumerate(logs)]
         try:
             while any(rank.poll() is None for rank in ranks):
                 with open("/proc/net/unix", encoding="ascii", errors="replace") as sockets:
@@ -296,9 +304,10 @@ def test_training_with_few_open_files_has_the_same_curve(tmp_path):
                 time.sleep(0.2)
             assert [rank.returncode for rank in ranks] == [0] * 4, (tmp_path / f"{files}.0.log").read_text()[-2000:]
         finally:
-            for rank in ranks:
+            for rank, log in zip(ranks, logs, strict=True):
                 rank.kill()
                 rank.wait()
+                log.close()
         assert named == (files == 107)
         curves.append(curve(run))
     assert curves[0] == curves[1] and len(curves[0]) == 4
