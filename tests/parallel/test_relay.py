@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Client
 from unittest import mock
 
 import pytest
@@ -220,8 +221,14 @@ def test_without_its_relay_a_rank_connects_directly(store, relayed, monkeypatch,
         monkeypatch.setattr(relay, "_socket_name", lambda address: "\0nobody listens here")
         client = relayed(0.5)
     elif obstacle == "another user's":
+        name = f"\0of a stranger {os.getpid()}"
+        monkeypatch.setattr(relay, "_socket_name", lambda address: name)
         monkeypatch.setattr(os, "getuid", lambda: 4711)
-        client = relayed(0.5)
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.bind(name)
+            stranger.listen()
+            client = relayed(0.5)
+            assert stranger.accept()[0].recv(100) == b"", "it is told nothing"
     else:
         client = relayed()
         with mock.patch.object(relay, "_perform", side_effect=lambda *request: time.sleep(1)):
@@ -229,6 +236,14 @@ def test_without_its_relay_a_rank_connects_directly(store, relayed, monkeypatch,
             time.sleep(0.1)
     store.set("a", "b")
     assert client.get("a") == b"b" and client._relay is None and isinstance(client._direct, dist.TCPStore)
+
+
+def test_another_users_process_gets_no_answer(relayed, monkeypatch):
+    name = relay._socket_name(relayed.server._address)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    with Client(name, "AF_UNIX") as stranger, pytest.raises((EOFError, OSError)):
+        stranger.send_bytes(b'["open", 5]')
+        stranger.recv_bytes()
 
 
 def test_relay_ends_after_those_that_use_it(relayed):
