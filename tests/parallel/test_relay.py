@@ -228,7 +228,8 @@ def test_without_its_relay_a_rank_connects_directly(store, relayed, monkeypatch,
             stranger.bind(name)
             stranger.listen()
             client = relayed(0.5)
-            assert stranger.accept()[0].recv(100) == b"", "it is told nothing"
+            with stranger.accept()[0] as accepted:
+                assert accepted.recv(100) == b"", "it is told nothing"
     else:
         client = relayed()
         with mock.patch.object(relay, "_perform", side_effect=lambda *request: time.sleep(1)):
