@@ -13,7 +13,7 @@ from tests.helpers.sparse_reference import VOCABULARY, small_tokenizer
 from tests.helpers.toys import QWEN3
 
 TEXTS = ["The quick brown fox", "jumps over; or: it does not!", "the lazy dog, and over a longer text that follows"]
-_SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
+_SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
           "max_position_embeddings": 64, "vocab_size": VOCABULARY, "pad_token_id": 0}
 _SHAPES = {"ModernBert": {**_SHAPE, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
            "Qwen3": {**QWEN3, "vocab_size": VOCABULARY}}
