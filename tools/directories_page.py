@@ -31,6 +31,20 @@ Without `modules.json`, an encoder (BERT, ModernBERT, XLM-RoBERTa) uses `mean` p
 decoder uses `lasttoken`, or `mean` if its `config.json` contains `is_causal: false`. Vectors are L2-normalized unless
 `--no-normalize` is given. A chat template is applied only if `sentence_bert_config.json` requests it with the modality
 `message`; Sentence Transformers 6 also applies one if there is no `modules.json`.
+
+## Weights of a head
+
+The masked or causal language-model head of a sparse model, the classifier of a reranker, the two rows of a LogitScore
+and Dense modules are read as Transformers 5 and Sentence Transformers read them:
+
+* A tensor that is missing is refused by its name. `train` alone may begin with new weights there, except of an output
+  matrix that is not tied to the word embeddings; its log names them.
+* A tensor of another shape than `config.json` gives it is refused, and one in the head's modules that the model has no
+  place for, such as `decoder.bias` beside `decoder_bias: false`.
+* `tie_word_embeddings` decides whether the output matrix is the word embeddings. If it is true and the file holds
+  another matrix, the model is refused: versions of Transformers disagree on it. Of two biases of BERT or RoBERTa, the
+  one of `decoder` counts.
+* A multi-vector directory without Dense modules has none: its vectors are the transformer's token vectors.
 """
 
 

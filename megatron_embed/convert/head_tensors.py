@@ -3,7 +3,7 @@
 Our names (without `head.`): weight [1 or 2, hidden], bias [1], dense.weight [hidden, hidden], dense.bias [hidden].
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from megatron_embed.convert.checkpoint_directory import PassthroughFile
 from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.head_shapes import reranker_head_shapes
+from megatron_embed.models.model_shape import ModelShape
 from megatron_embed.names import HeadKind
 
 _LM_HEADS: Mapping[str, str] = {"internlm2": "output.weight"}
@@ -45,6 +48,9 @@ _OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.", "dec
                 "lm_predictions.", "mask_predictions.")
 """Prefixes of tensors that *ForSequenceClassification does not have, except those of its own head."""
 
+HeadSource = HFDirectory | PassthroughFile
+"""The tensors of a model directory or of a checkpoint that no layer of ours uses."""
+
 
 def score_names(family: str) -> Mapping[str, str]:
     """Our names of a score head -> the family's Hugging Face names."""
@@ -61,31 +67,91 @@ def saved_modules(family: str) -> list[str]:
     return list(_SAVED_MODULES.get(family, ("score",)))
 
 
-def read_head(source: HFDirectory | PassthroughFile, family: str, kind: HeadKind, token_ids: tuple[int, int] | None,
+def stored_head(source: HeadSource, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]],
+                path: str) -> dict[str, str]:
+    """The tensors of a head that a model directory has: our names -> full Hugging Face names.
+
+    Args:
+        source: the directory's tensors.
+        names: our names -> full names, of every tensor that such a head may have.
+        shapes: our names -> shapes, of those that the head of this model has.
+        path: the directory, for messages.
+    Raises:
+        CheckpointError: a tensor has another shape, or is one that the head of this model does not have.
+    """
+    modules = tuple({full.rpartition(".")[0] + "." for full in names.values()})
+    expected = {names[ours]: ours for ours in shapes}
+    stored: dict[str, str] = {}
+    for full in source.passthrough:
+        if full in expected:
+            stored[expected[full]] = full
+            size = source.entry(full).shape
+            if size != shapes[expected[full]]:
+                raise CheckpointError(f"{path}: {full} has shape {list(size)}, but by config.json the head's has "
+                                      f"{list(shapes[expected[full]])}; use the config.json that belongs to these "
+                                      "weights")
+        elif full.startswith(modules):
+            raise CheckpointError(f"{path}: holds {full}, which the head of this model does not have by config.json, "
+                                  "so its effect would be silently ignored; use the config.json that belongs to these "
+                                  "weights, or remove the tensor")
+    return stored
+
+
+def check_tied(source: HeadSource, shape: ModelShape, name: str, rows: Iterable[tuple[int, int]], path: str) -> None:
+    """Raises CheckpointError if the directory holds an output matrix that is not the word embeddings, although
+    config.json ties it to them: versions of Transformers disagree on which of the two gives the logits.
+
+    Args:
+        name: full name of the matrix.
+        rows: ranges of rows that are compared.
+    """
+    if name not in source.passthrough:
+        return
+    embedding = dict(rules_for(shape.family).tied)[name]
+    # A checkpoint of ours keeps none that was equal when it was converted.
+    if not isinstance(source, HFDirectory) or not all(
+            torch.equal(source.read_slice(name, 0, *part).double(), source.read_slice(embedding, 0, *part).double())
+            for part in rows):
+        raise CheckpointError(f"{path}: {name} is another matrix than {embedding}, and config.json ties the two "
+                              "(tie_word_embeddings, true by default in some families); set tie_word_embeddings to "
+                              f"false there if {name} is meant, else remove the tensor")
+
+
+def read_head(source: HeadSource, shape: ModelShape, kind: HeadKind, token_ids: tuple[int, int] | None,
               path: str) -> dict[str, Tensor]:
-    """The head's tensors that a model directory has, by our names; the others are new (or, yes_no, tied).
+    """The head's tensors that a model directory has, by our names; none of a yes_no head that is tied.
 
     Args:
         source: the directory's tensors.
         token_ids: ids of yes and no.
         path: the directory, for messages.
     Raises:
-        CheckpointError: a yes_no head without lm_head, or a classifier with more than one output.
+        CheckpointError: a yes_no head without lm_head, a classifier with more than one output, see `stored_head` and
+            `check_tied`.
     """
     if kind == "yes_no":
-        lm_head = lm_head_name(family)
-        if lm_head not in source.passthrough:
-            raise CheckpointError(f"{path}: no {lm_head}, and its word embeddings are not tied to one, so there are "
-                                  "no rows for yes and no; take a model with a language-model head, or reranker.head: "
-                                  "score")
         assert token_ids is not None
-        rows = [source.read_slice(lm_head, 0, token, token + 1) for token in token_ids]
-        return {"weight": torch.cat(rows)}
-    names = score_names(family)
-    if names["weight"] in source.passthrough and source.entry(names["weight"]).shape[0] != 1:
-        raise CheckpointError(f"{path}: {names['weight']} has {source.entry(names['weight']).shape[0]} outputs, but a "
-                              "reranker has one score; take a model with num_labels = 1, or one without a classifier")
-    return {ours: source.read(name) for ours, name in names.items() if name in source.passthrough}
+        return _answer_rows(source, shape, token_ids, path)
+    names = score_names(shape.family)
+    outputs = source.entry(names["weight"]).shape[:1] if names["weight"] in source.passthrough else ()
+    if outputs not in ((), (1,)):
+        raise CheckpointError(f"{path}: {names['weight']} has {outputs[0]} outputs, but a reranker has one score; take "
+                              "a model with num_labels = 1, or one without a classifier")
+    stored = stored_head(source, names, reranker_head_shapes(kind, shape), path)
+    return {ours: source.read(full) for ours, full in stored.items()}
+
+
+def _answer_rows(source: HeadSource, shape: ModelShape, token_ids: tuple[int, int], path: str) -> dict[str, Tensor]:
+    """The rows of the language-model head for yes and no."""
+    lm_head, rows = lm_head_name(shape.family), [(token, token + 1) for token in token_ids]
+    stored = stored_head(source, {"weight": lm_head}, {"weight": (shape.vocab_size, shape.hidden_size)}, path)
+    if shape.tie_word_embeddings:
+        check_tied(source, shape, lm_head, rows, path)
+        return {}
+    if not stored:
+        raise CheckpointError(f"{path}: no {lm_head}, and its word embeddings are not tied to one, so there are no "
+                              "rows for yes and no; take a model with a language-model head, or reranker.head: score")
+    return {"weight": torch.cat([source.read_slice(lm_head, 0, *part) for part in rows])}
 
 
 def architecture(family: str, kind: Literal["ForCausalLM", "ForSequenceClassification"]) -> str:

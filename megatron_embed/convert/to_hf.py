@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS, HEAD_KEYS
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, PassthroughFile
-from megatron_embed.convert.head_tensors import HeadExport, read_head
+from megatron_embed.convert.head_tensors import HeadExport, read_head, score_names
 from megatron_embed.convert.hf_directory import largest_dtype
 from megatron_embed.convert.report import progress
 from megatron_embed.convert.storage.byte_range import ByteRange, take
@@ -21,9 +21,10 @@ from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import Context, PadVocabulary, Transform, nbytes
-from megatron_embed.convert.vocabulary_tensors import VocabularyExport
+from megatron_embed.convert.vocabulary_tensors import VocabularyExport, check_vocabulary_head
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape
+from megatron_embed.models.head_shapes import reranker_head_shapes
 from megatron_embed.names import HeadKind
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
@@ -207,21 +208,25 @@ def head_export(reader: DcpReader, checkpoint: CheckpointDirectory, passthrough:
     """The head of a reranker's checkpoint, or of a trained sparse model's; None for any other."""
     family = rules_for(checkpoint.info.family)
     keys = [key for key in reader.keys() if key.startswith(HEAD_KEYS)]  # noqa: SIM118  a reader is not a mapping
-    head = {key.removeprefix(HEAD_KEYS): reader.read(key) for key in keys}
+    trained = {key.removeprefix(HEAD_KEYS): reader.read(key) for key in keys}
     if reranker is None:
         if checkpoint.info.head is not None:
             raise CheckpointError(f"{checkpoint.path}: is a reranker's checkpoint (head {checkpoint.info.head}); use "
                                   "--format cross-encoder or --format hf")
-        return VocabularyExport(family.name, head, shape.vocab_size) if head else None
-    if not head and reranker.kind == "yes_no" and shape.tie_word_embeddings:
+        if trained:
+            check_vocabulary_head({ours: tuple(head.shape) for ours, head in trained.items()}, shape, checkpoint.path)
+        return VocabularyExport(shape, trained) if trained else None
+    head = trained if checkpoint.info.head is not None else read_head(
+        passthrough, shape, reranker.kind, reranker.token_ids, str(checkpoint.path))
+    expected = reranker_head_shapes(reranker.kind, shape)
+    if {name: tuple(tensor.shape) for name, tensor in head.items()} != expected:
+        missing = [score_names(family.name)[name] for name in expected if name not in head]
+        raise CheckpointError(f"{checkpoint.path}: has no classifier ({', '.join(missing) or 'of the right shape'}), "
+                              "so it is not a reranker yet; train it with task: reranker first")
+    if not expected:
         assert reranker.token_ids is not None
         embeddings = reader.read(family.checkpoint_key(WORD_EMBEDDINGS)[0])
         head = {"weight": embeddings[list(reranker.token_ids)]}
-    if not head:
-        head = read_head(passthrough, family.name, reranker.kind, reranker.token_ids, str(checkpoint.path))
-    if "weight" not in head:
-        raise CheckpointError(f"{checkpoint.path}: has no classifier, so it is not a reranker yet; train it with task: "
-                              "reranker first")
     return HeadExport(family.name, reranker.kind, head=head, token_ids=reranker.token_ids,
                       classification=reranker.classification)
 

@@ -13,13 +13,11 @@ from typing import Self
 
 import torch
 
-from megatron_embed.checkpoint.load import keys_of, load_model
-from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS, HEAD_KEYS
+from megatron_embed.checkpoint.load import load_model
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
 from megatron_embed.config.vector_format import format_of_run, with_format
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
-from megatron_embed.convert.dense_tensors import open_dense, read_dense
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.lora_names import parts_by_linear, resolve_modules
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
@@ -30,12 +28,12 @@ from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.loading.dense_weights import holds_dense_weights, load_dense_weights
 from megatron_embed.loading.hub import local_directory
 from megatron_embed.loading.quantized import load_quantized_weights, quantized_as
-from megatron_embed.loading.vocabulary_head import check_sparse, load_vocabulary_head
+from megatron_embed.loading.vocabulary_head import check_sparse, holds_vocabulary_head, load_vocabulary_head
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
-from megatron_embed.models.dense import initialize_dense
 from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model
 from megatron_embed.models.families import ModelShape, model_shape
@@ -86,6 +84,8 @@ class ModelDirectory:
     """How the weights of a Hugging Face directory are quantized already; None: they are not."""
     base: Path | None = None
     """The base model's Hugging Face directory then, from which the weights come."""
+    new_vectors: bool = False
+    """A run makes a multi-vector model of it, which it is not by its files."""
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -113,7 +113,8 @@ class ModelDirectory:
 
     def dense(self, config: EmbeddingConfig) -> tuple[DenseSettings, ...]:
         """Its Dense modules, or the new one of a run. Raises ConfigError, see `dense_of_run`."""
-        return dense_of_run(config, self.saved.dense, self.shape, self.pooling(config.pooling))
+        return dense_of_run(config, self.saved.dense, self.shape, self.pooling(config.pooling),
+                            new_vectors=self.new_vectors)
 
     def dim(self, config: EmbeddingConfig) -> int:
         """Numbers of a vector."""
@@ -132,8 +133,9 @@ class ModelDirectory:
     def of_run(self, config: EmbeddingConfig) -> Self:
         """The model with the head that a run gives it, whose settings are complete; see `with_format`."""
         vectors = format_of_run(config, self.saved.vectors)
-        return dataclasses.replace(self, saved=dataclasses.replace(
-            self.saved, vectors=vectors, sparse=config.head == "sparse"))
+        return dataclasses.replace(
+            self, new_vectors=self.new_vectors or (vectors is not None and self.saved.vectors is None),
+            saved=dataclasses.replace(self.saved, vectors=vectors, sparse=config.head == "sparse"))
 
     def pooling(self, wanted: Pooling | None) -> ModelPooling:
         """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder; `tokens` of a
@@ -240,7 +242,7 @@ def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) ->
 
 
 def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topology, head_spec: HeadSpec | None = None,
-                      *, with_head: bool = False) -> list[EmbeddingModel]:
+                      *, with_head: bool = False, new_weights: bool = False) -> list[EmbeddingModel]:
     """This rank's model chunks with their weights; adapters that the model does not have yet as they are drawn.
 
     Each rank reads only its own slices of a Hugging Face directory, or its own shards of a checkpoint.
@@ -248,6 +250,7 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     Args:
         head_spec: a reranker's head.
         with_head: whether the checkpoint holds the head's weights; else they are left as they are.
+        new_weights: the model is to be trained, and an encoder may lack tensors of its vocabulary head.
     """
     _check_sizes(model)
     model_parallel_cuda_manual_seed(config.training.seed)
@@ -255,13 +258,13 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     settings = adapters_of(config.lora, model)
     if pooling == "splade":
         check_sparse(model.shape, str(model.peft or model.path), adapters=settings, chat=model.saved.chat)
-        with_head = model.checkpoint is not None and any(key.startswith(HEAD_KEYS) for key in keys_of(model.checkpoint))
+        with_head = model.checkpoint is not None and holds_vocabulary_head(model.checkpoint, model.shape)
     adapters = None if settings is None else Adapters(
         rank=settings.rank, scale=settings.scale, dropout=config.lora.dropout, seed=config.training.seed,
         parts=parts_by_linear(rules_for(model.shape.family), settings.modules))
     dense = model.dense(config.embedding) if head_spec is None else ()
     chunks = build_model(config, model.shape, topology, pooling, head_spec, adapters, dense)
-    stored = _holds_dense(model, dense)
+    stored = holds_dense_weights(model, dense)
     if model.checkpoint is None or model.base is not None:
         _load_hf_weights(model.base or model.hf, model.shape, chunks, topology)
     if config.model.quantization != "none":
@@ -270,37 +273,13 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
         load_model(model.checkpoint, chunks, with_head=with_head, with_dense=stored,
                    with_adapters=model.adapters is not None and model.peft is None)
     if not stored:
-        _load_dense_weights(model, chunks, config.training.seed, dense)
+        load_dense_weights(model, chunks, config.training.seed, dense)
     if pooling == "splade" and not with_head:
-        load_vocabulary_head(chunks[-1].head, model.hf, model.checkpoint, model.shape, config.training.seed)
+        load_vocabulary_head(chunks[-1].head, model.hf, model.checkpoint, model.shape, config.training.seed,
+                             new_weights=new_weights)
     if model.peft is not None:
         _load_peft_weights(model.peft, model, chunks, topology, with_head=head_spec is not None)
     return chunks
-
-
-def _holds_dense(model: ModelDirectory, dense: Sequence[DenseSettings]) -> bool:
-    """Whether the weights of these Dense modules are among the checkpoint's tensors, not in the model's directory."""
-    return (model.checkpoint is not None and bool(dense) and model.dense_directory == model.root
-            and any(key.startswith(DENSE_KEYS) for key in keys_of(model.checkpoint)))
-
-
-def _load_dense_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], seed: int,
-                        dense: Sequence[DenseSettings]) -> None:
-    """Dense modules of the model's directory, or new ones where it names none."""
-    if model.saved.dense:
-        for settings in dense:  # on every rank, so that what does not fit is refused by all
-            open_dense(model.dense_directory, settings).close()
-    modules = chunks[-1].dense
-    if modules is None:
-        return
-    if not model.saved.dense:
-        initialize_dense(modules, seed)
-        return
-    with torch.no_grad():
-        for layer in modules.layers():
-            tensors = read_dense(model.dense_directory, layer.settings)
-            for name, parameter in layer.named_parameters():
-                parameter.copy_(layer.own_rows(tensors[name]))
 
 
 def _check_sizes(model: ModelDirectory) -> None:

@@ -26,11 +26,12 @@ from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.loading.foreign_reranker import Inherited, inherited
 from megatron_embed.loading.model_directory import ModelDirectory, error_context, find_model, load_model_chunks
 from megatron_embed.loading.quantized import quantized_as
-from megatron_embed.loading.vocabulary_head import passthrough_tensors
+from megatron_embed.loading.vocabulary_head import passthrough_tensors, require_new_weights
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.cross_encoder_settings import is_saved_cross_encoder
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
+from megatron_embed.models.head_shapes import reranker_head_shapes
 from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
 from megatron_embed.names import Activation
@@ -179,40 +180,51 @@ def head_spec(settings: RerankerSettings, tokenizer: PairTokenizer) -> HeadSpec:
     return HeadSpec(kind="yes_no", true_token_id=true, false_token_id=false)
 
 
-def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Topology,
-                         spec: HeadSpec) -> list[EmbeddingModel]:
-    """This rank's model chunks with their weights, the head on the last one: the checkpoint's or the directory's, new
-    where that has none."""
+def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Topology, spec: HeadSpec, *,
+                         new_weights: bool) -> list[EmbeddingModel]:
+    """This rank's model chunks with their weights, the head on the last one: the checkpoint's or the directory's.
+
+    Args:
+        new_weights: the model is to be trained, and what the directory lacks of the head is new; the log names it.
+    Raises:
+        UserError: the head does not go with the model, or a tensor of it does not fit or is missing, on every rank
+            alike.
+    """
     if spec.kind == "yes_no" and model.shape.logit_softcap is not None:
         raise ConfigError(f"reranker.head = 'yes_no': a {model.shape.family} model bounds its logits "
                           f"(final_logit_softcapping = {model.shape.logit_softcap:g}), and a score is the difference "
                           "of two that are not; set it to score", key="reranker.head")
-    adapted = _head_of_adapter(model, spec)  # on every rank, so that what does not fit is refused by all
     trained = None if model.checkpoint is None else open_checkpoint(model.checkpoint).info.head
     if trained is not None and trained != spec.kind:
         raise ConfigError(f"reranker.head = {spec.kind!r}: {model.path} is a reranker with the head {trained}; set it "
                           "to that, or begin from the model that it was made of", key="reranker.head")
-    chunks = load_model_chunks(model, config, topology, spec, with_head=trained is not None)
+    tensors = _head_tensors(model, spec, is_trained=trained is not None)  # on every rank, as its errors
+    new = [] if trained is not None else [
+        name for name in reranker_head_shapes(spec.kind, model.shape) if name not in tensors]
+    if new:
+        names = score_names(model.shape.family)
+        require_new_weights(str(model.peft or model.path), [names[name] for name in new], "reranker's head",
+                            new_weights)
+    chunks = load_model_chunks(model, config, topology, spec, with_head=trained is not None, new_weights=new_weights)
     head = chunks[-1].head
-    if head is not None and not spec.is_tied(model.shape):
-        tensors = adapted if trained is not None else {**_head_of_directory(model, spec), **adapted}
+    if head is not None:
         parameters = dict(head.named_parameters())
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
-        new = [name for name in parameters if name not in tensors and trained is None]
         initialize_head(parameters, new, config.training.seed, model.shape.initializer_range)
-        if new:
-            logger.info("%s has no %s: the reranker's head begins with new weights there", model.peft or model.path,
-                        ", ".join(new))
     return chunks
 
 
-def _head_of_directory(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.Tensor]:
-    """The head's tensors that a model directory has, by our names."""
+def _head_tensors(model: ModelDirectory, spec: HeadSpec, *, is_trained: bool) -> dict[str, torch.Tensor]:
+    """The head's tensors that a model directory and its adapter have, by our names, each of the right shape; of a
+    checkpoint's trained head, only the adapter's."""
+    adapted = _head_of_adapter(model, spec)
+    if is_trained:
+        return adapted
     with passthrough_tensors(model.hf, model.checkpoint) as source:
-        return read_head(source, model.shape.family, spec.kind,
-                         spec.token_ids if spec.kind == "yes_no" else None, str(model.path))
+        return {**read_head(source, model.shape, spec.kind, spec.token_ids if spec.kind == "yes_no" else None,
+                            str(model.path)), **adapted}
 
 
 def _head_of_adapter(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.Tensor]:
@@ -220,13 +232,19 @@ def _head_of_adapter(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.T
     if model.peft is None:
         return {}
     names = score_names(model.shape.family) if spec.kind == "score" else {}
+    shapes = reranker_head_shapes(spec.kind, model.shape)
     with PeftAdapter(model.peft, rules_for(model.shape.family), model.shape) as adapter:
-        others = sorted(set(adapter.head) - set(names.values()))
+        others = sorted(set(adapter.head) - {names[ours] for ours in shapes if ours in names})
         if others:
             raise CheckpointError(f"{model.peft}: holds {others[0]}, which does not belong to a reranker with the head "
                                   f"{spec.kind}; merge the adapter with PEFT's merge_and_unload, or choose the other "
                                   "reranker.head")
-        return {ours: adapter.read_head(name) for ours, name in names.items() if name in adapter.head}
+        tensors = {ours: adapter.read_head(name) for ours, name in names.items() if name in adapter.head}
+    for ours, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[ours]:
+            raise CheckpointError(f"{model.peft}: {names[ours]} has shape {list(tensor.shape)}, but the base model's "
+                                  f"head has {list(shapes[ours])}; use the base model that the adapter was made for")
+    return tensors
 
 
 def open_saved_pair_tokenizer(model: ModelDirectory, key: str = "--model",
@@ -269,7 +287,7 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
         spec = head_spec(settings, tokenizer)
         topology = topology or start(config.parallel)
         config = resolve_dtype(config)
-        chunks = load_reranker_chunks(model, config, topology, spec)
+        chunks = load_reranker_chunks(model, config, topology, spec, new_weights=False)
     return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
 
 

@@ -1,18 +1,21 @@
 """Weights of a sparse model's vocabulary head, from a model directory or new."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_embed.checkpoint.safe_unpickler import HEAD_KEYS
 from megatron_embed.convert.checkpoint_directory import PassthroughFile, open_checkpoint, open_passthrough
 from megatron_embed.convert.hf_directory import HFDirectory
-from megatron_embed.convert.vocabulary_tensors import vocabulary_names
-from megatron_embed.errors import ConfigError
+from megatron_embed.convert.storage.torch_dist import DcpReader
+from megatron_embed.convert.vocabulary_tensors import check_vocabulary_head, stored_vocabulary_head, vocabulary_names
+from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.vocabulary_head import VocabularyHead, initialize_vocabulary_head
-from megatron_embed.models.vocabulary_shape import MASKED_LM, check_family
+from megatron_embed.models.vocabulary_shape import check_family, vocabulary_head_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -44,36 +47,61 @@ def check_sparse(shape: ModelShape, name: str, *, adapters: object, chat: object
                           "without one", key="embedding.head")
 
 
+def holds_vocabulary_head(checkpoint: Path, shape: ModelShape) -> bool:
+    """Whether a checkpoint's tensors include a trained head. Raises CheckpointError if it is another model's."""
+    with DcpReader(checkpoint / "model") as reader:
+        sizes = {key.removeprefix(HEAD_KEYS): reader.shape(key) for key in reader.keys()  # noqa: SIM118
+                 if key.startswith(HEAD_KEYS)}
+    if sizes:
+        check_vocabulary_head(sizes, shape, checkpoint)
+    return bool(sizes)
+
+
 def load_vocabulary_head(head: torch.nn.Module | None, hf: Path, checkpoint: Path | None, shape: ModelShape,
-                         seed: int) -> None:
-    """Fill the head from the directory's tensors, or make a new one. Called by all ranks.
+                         seed: int, *, new_weights: bool) -> None:
+    """Fill the head from the directory's tensors. Called by all ranks.
 
     Args:
         head: on the last stage; None elsewhere.
-
+        new_weights: an encoder may lack some of them, which are new then; the log names them.
     Raises:
-        ConfigError: a decoder without a language-model head, on every rank alike.
+        CheckpointError, ConfigError: a tensor is missing, or is none of this model's head, on every rank alike.
     """
-    names = {ours: name for ours, name in vocabulary_names(shape.family).items()
-             if ours != "weight" or not shape.tie_word_embeddings}
+    path, names = str(checkpoint or hf), vocabulary_names(shape)
     with passthrough_tensors(hf, checkpoint) as source:
-        stored = {ours: name for ours, name in names.items() if name in source.passthrough}
-        if shape.family not in MASKED_LM and names and not stored:
+        stored = stored_vocabulary_head(source, shape, path)
+        missing = [name for name in vocabulary_head_shapes(shape) if name not in stored]
+        if "weight" in missing:
             raise ConfigError(f"embedding.head = 'sparse': {hf} has no {names['weight']}, and its word embeddings are "
                               "not tied to one; take a model with a language-model head", key="embedding.head")
-        if shape.family in MASKED_LM and not {"dense.weight", "norm.weight", "bias"} <= set(stored):
-            logger.info("%s has no masked-language-model head: the vocabulary head begins with new weights, over the "
-                        "model's own word embeddings", checkpoint or hf)
-            stored = {}
+        if missing:
+            require_new_weights(path, [names[name] for name in missing], "masked-language-model head", new_weights)
         if head is None:
             return
         assert isinstance(head, VocabularyHead)
-        if names and not stored:
-            initialize_vocabulary_head(head, seed, shape.initializer_range)
+        initialize_vocabulary_head(head, missing, seed, shape.initializer_range)
         with torch.no_grad():
             for ours, name in stored.items():
                 parameter = head.get_parameter(ours)
                 parameter.copy_(_own_share(head, ours, source, name, parameter))
+
+
+def require_new_weights(path: str, names: Sequence[str], what: str, new_weights: bool) -> None:
+    """Log the tensors that a training run begins with as new ones.
+
+    Args:
+        path: the directory that lacks them.
+        names: as Transformers names them.
+        what: the part of the model to which they belong.
+        new_weights: the model is to be trained.
+    Raises:
+        CheckpointError: it is to be used as it is.
+    """
+    listed = ", ".join(names)
+    if not new_weights:
+        raise CheckpointError(f"{path}: its weights have no {listed}, which its {what} needs: results would come from "
+                              "random numbers; fetch all weight files again, or train the model first")
+    logger.info("%s has no %s: new weights take their place in its %s", path, listed, what)
 
 
 def _own_share(head: VocabularyHead, ours: str, source: HFDirectory | PassthroughFile, name: str,

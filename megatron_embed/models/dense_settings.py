@@ -58,13 +58,14 @@ def pooled_width(shape: ModelShape, pooling: ModelPooling) -> int:
 
 
 def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: ModelShape,
-                 pooling: ModelPooling) -> tuple[DenseSettings, ...]:
+                 pooling: ModelPooling, *, new_vectors: bool = False) -> tuple[DenseSettings, ...]:
     """The Dense modules of a run: those of the model's directory, or a new one if `embedding.embedding_dim` is set or
-    the tokens' vectors are the model's.
+    the run makes a multi-vector model of another one.
 
     Args:
         own: those of the directory.
         pooling: the run's.
+        new_vectors: the directory's model gives no vectors of tokens, and the run's does.
     Raises:
         ConfigError: `embedding.embedding_dim`, or the pooling, does not go with those of the directory.
     """
@@ -72,7 +73,7 @@ def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: M
         return ()
     width, wanted = pooled_width(shape, pooling), config.embedding_dim
     if not own:
-        if wanted is None and pooling == "tokens":
+        if wanted is None and new_vectors:
             wanted = TOKEN_VECTOR_DIM
         if wanted is None:
             return ()

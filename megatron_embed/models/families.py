@@ -43,8 +43,8 @@ def _encoder(config: HFConfig, family: FamilyName) -> ModelShape:
         max_position_embeddings=config["max_position_embeddings"], norm="LayerNorm",
         norm_eps=config.get("layer_norm_eps", 1e-12), activation=activation(config, "gelu"), gated=False,
         add_bias_linear=True, add_qkv_bias=True, qk_layernorm=False, post_norm=True, bidirectional=True,
-        rotary_base=None, type_vocab_size=config.get("type_vocab_size", 2), tie_word_embeddings=True,
-        embedding_norm=True, classifier=ClassifierShape(),
+        rotary_base=None, type_vocab_size=config.get("type_vocab_size", 2),
+        tie_word_embeddings=config.get("tie_word_embeddings", True), embedding_norm=True, classifier=ClassifierShape(),
         initializer_range=config.get("initializer_range", 0.02))
 
 
@@ -214,8 +214,7 @@ def _nomic_bert(config: HFConfig) -> ModelShape:
     shape = _encoder(config, "nomic_bert")
     return dataclasses.replace(
         shape, head_dim=config.get("head_dim", shape.head_dim), rotary_base=base, rope_scaling=scaling, gated=True,
-        activation=activation(config, "silu"), add_bias_linear=False, add_qkv_bias=False,
-        tie_word_embeddings=config.get("tie_word_embeddings", True))
+        activation=activation(config, "silu"), add_bias_linear=False, add_qkv_bias=False)
 
 
 FAMILIES: dict[str, Callable[[HFConfig], ModelShape]] = {

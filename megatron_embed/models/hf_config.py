@@ -23,7 +23,7 @@ _FINITE = ("layer_norm_eps", "rms_norm_eps", "norm_eps", "initializer_range", "r
            "final_logit_softcapping", "layer_norm_epsilon", "initializer_factor", "factor", "low_freq_factor",
            "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
 _BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "norm_bias", "classifier_bias",
-             "use_bidirectional_attention", "bias", "qkv_bias")
+             "decoder_bias", "use_bidirectional_attention", "bias", "qkv_bias")
 
 
 def _check_value(key: str, value: object, file: str) -> None:

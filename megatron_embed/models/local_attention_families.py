@@ -50,6 +50,7 @@ def modernbert(config: HFConfig) -> ModelShape:
         rotary_base=base, rope_scaling=scaling, local_rotary_base=local_base, local_rope_scaling=local_scaling,
         sliding_window=None if len(full) == layers else window, full_attention_layers=full, type_vocab_size=0,
         tie_word_embeddings=config.get("tie_word_embeddings", True),
+        vocabulary_bias=config.get("decoder_bias", True),
         initializer_range=config.get("initializer_range", 0.02), classifier=_modernbert_classifier(config))
 
 

@@ -144,6 +144,8 @@ class ModelShape:
     type_vocab_size: int
     """Token types; 0: none."""
     tie_word_embeddings: bool
+    vocabulary_bias: bool = True
+    """Whether a masked-language-model head has a bias for every token."""
     initializer_range: float
     num_experts: int = 0
     """Experts of every layer's MLP; 0: dense."""

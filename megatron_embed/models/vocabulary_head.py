@@ -6,7 +6,7 @@ pooling, so that with context parallelism every rank has the gradient of its own
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class VocabularyHead(torch.nn.Module):
     """See above; on the last pipeline stage, uninitialized.
 
     Encoders: dense.weight [hidden, hidden], dense.bias [hidden], norm.weight [hidden], norm.bias [hidden], bias
-    [vocabulary/tp]. Weight [vocabulary/tp, hidden] only if it is not tied to the word embeddings.
+    [vocabulary/tp]; some have not all of these biases. Weight [vocabulary/tp, hidden] only if it is not tied to the
+    word embeddings.
     """
 
     def __init__(self, shape: ModelShape, topology: Topology) -> None:
@@ -49,7 +50,7 @@ class VocabularyHead(torch.nn.Module):
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS["gelu"]
         if shape.family in MASKED_LM:
             self._add_transform(shape, hidden)
-            self.bias = torch.nn.Parameter(torch.empty(rows))
+            self.bias = torch.nn.Parameter(torch.empty(rows)) if shape.vocabulary_bias else None
         if not self.is_tied:
             self.weight = torch.nn.Parameter(torch.empty(rows, hidden))
         for parameter in (self.bias, self.weight):
@@ -143,9 +144,11 @@ def return_tied_gradient(embeddings: Tensor | None, head: VocabularyHead | None,
 
 
 @torch.no_grad()
-def initialize_vocabulary_head(head: VocabularyHead, seed: int, std: float) -> None:
-    """A new encoder's head as Transformers makes it: normal with `std`, biases 0, norm 1; equal in every layout."""
-    for name, parameter in head.named_parameters():
+def initialize_vocabulary_head(head: VocabularyHead, names: Sequence[str], seed: int, std: float) -> None:
+    """New tensors of an encoder's head as Transformers makes them: normal with `std`, biases 0, norm 1; equal in every
+    layout."""
+    for name in names:
+        parameter = head.get_parameter(name)
         generator = torch.Generator().manual_seed(seed + zlib.crc32(f"head.{name}".encode()))
         values = torch.zeros(parameter.shape)
         if name == "norm.weight":

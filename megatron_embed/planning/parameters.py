@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
 from megatron_embed.models.families import ModelShape, layers_by_stage
+from megatron_embed.models.head_shapes import reranker_head_shapes
 from megatron_embed.models.saved_settings import default_pooling
 from megatron_embed.models.vocabulary_shape import vocabulary_head_parameters
 from megatron_embed.names import HeadKind, ModelPooling
@@ -142,17 +143,9 @@ def head_kind(config: RunConfig, shape: ModelShape) -> HeadKind:
 
 def head_parameters(config: RunConfig, shape: ModelShape) -> int:
     """Parameters of a reranker's head, complete on every tensor-parallel rank of the last stage; 0 without one."""
-    hidden, kind = shape.hidden_size, head_kind(config, shape)
-    if not config.workload.has_head or (kind == "yes_no" and shape.tie_word_embeddings):
+    if not config.workload.has_head:
         return 0
-    if kind == "yes_no":
-        return 2 * hidden
-    own = shape.classifier
-    if own is None:
-        return hidden
-    # Encoders have a dense layer before the linear, and biases.
-    norm = norm_parameters(shape, hidden) if own.norm else 0
-    return hidden * (hidden + own.dense_bias) + norm + hidden + 1
+    return sum(map(math.prod, reranker_head_shapes(head_kind(config, shape), shape).values()))
 
 
 def dense_parameters(config: RunConfig, shape: ModelShape) -> int:
@@ -192,7 +185,8 @@ def _dense(config: RunConfig, shape: ModelShape) -> tuple[tuple[DenseSettings, .
             default_pooling(shape) if own_pooling in (None, "tokens", "splade") else own_pooling)
         special: dict[str, ModelPooling] = {"multi_vector": "tokens", "sparse": "splade"}
         pooling = special.get(config.embedding.head, pooling)
-    return dense_of_run(config.embedding, own, shape, pooling), shape, pooling
+    new_vectors = pooling == "tokens" and own_pooling != "tokens"
+    return dense_of_run(config.embedding, own, shape, pooling, new_vectors=new_vectors), shape, pooling
 
 
 def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, adapted: AdaptedLinears) -> Parameters:

@@ -119,7 +119,7 @@ class EmbeddingTask(Task):
         return saved.tokenize(texts, "document").token_ids == self.tokenizer.tokenize(texts, "document").token_ids
 
     def load_model_chunks(self, topology: Topology) -> list[EmbeddingModel]:
-        return load_model_chunks(self.model, self.config, topology)
+        return load_model_chunks(self.model, self.config, topology, new_weights=True)
 
     def build_objective(self, inputs: Inputs, topology: Topology) -> Objective[Any]:
         fixed = fixed_vectors(inputs, topology, self.tokenizer)

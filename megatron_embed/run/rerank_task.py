@@ -108,7 +108,7 @@ class RerankTask(Task):
         return saved.tokenize(pairs) == self.tokenizer.tokenize(pairs)
 
     def load_model_chunks(self, topology: Topology) -> list[EmbeddingModel]:
-        return load_reranker_chunks(self.model, self.config, topology, self.head)
+        return load_reranker_chunks(self.model, self.config, topology, self.head, new_weights=True)
 
     def build_objective(self, inputs: Inputs, topology: Topology) -> Reranking:
         return Reranking(self.config.objective.loss, self.config.reranker, topology.dp_group)

@@ -1,6 +1,7 @@
 """Multi-vector models in directories, runs, checkpoints and exports, held against Sentence Transformers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -38,14 +39,24 @@ def assert_equal(ours, directory, name, tolerance=5e-6):
             np.testing.assert_allclose(row, expected, atol=tolerance, err_msg=f"{name} {role}")
 
 
+def without_dense(directory, path):
+    """A copy whose token vectors are the transformer's own."""
+    shutil.copytree(directory, path)
+    modules = json.loads((path / "modules.json").read_text())
+    (path / "modules.json").write_text(json.dumps([module for module in modules if "Dense" not in module["type"]]))
+    return str(path)
+
+
 def test_vectors_are_the_stock_library_s(tmp_path):
     directories = {name: str(add_token_modules(save_directory(tmp_path / name, kind="bert"), name))
                    for name in FORMATS}
+    directories["no Dense"] = without_dense(directories["plain"], tmp_path / "no Dense")
     (ours,) = run_on_ranks(vectors_of, 1, directories)
     for name, directory in directories.items():
         assert_equal(ours[name], directory, name)
     lengths = {name: [len(row) for row in rows["document"]] for name, rows in ours.items()}
     assert lengths["plain"][1] > lengths["colbert"][1], "no punctuation was skipped"
+    assert ours["no Dense"]["query"][0].shape[1] == 32
     assert len(ours["colbert"]["query"][0]) == FORMATS["colbert"].expansion["length"]
 
 

@@ -84,7 +84,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     check_divisible(model.shape, config.parallel)
     assert check_batch_sizes(config, topology.dp_size) == (case.micro_batches or None)
     check_token_budget(config)
-    chunks = load_model_chunks(model, config, topology)
+    chunks = load_model_chunks(model, config, topology, new_weights=True)
     wrapped = wrap_in_ddp(chunks, config, topology, bucket_size=3000 if case.overlap else None)
     optimizer = build_optimizer(config, wrapped, topology)
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group

@@ -88,7 +88,7 @@ def _squared_errors_of_vocabulary(chunk: Any, topology: Any, source: Any) -> Squ
     errors: SquaredErrors = {}
     if not isinstance(chunk.head, VocabularyHead):
         return errors
-    names, rows = vocabulary_names(chunk.shape.family), chunk.head.rows
+    names, rows = vocabulary_names(chunk.shape), chunk.head.rows
     for name, parameter in chunk.head.named_parameters():
         expected = source.read(names[name])
         divided = name in ("weight", "bias")

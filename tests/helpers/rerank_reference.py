@@ -243,7 +243,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     tokenizer = tokenizer_of(model.hf, case.model)
     spec = HeadSpec(kind="score") if case.head == "score" else HeadSpec(
         kind="yes_no", true_token_id=tokenizer.token_of(YES, "yes"), false_token_id=tokenizer.token_of(NO, "no"))
-    chunks = load_reranker_chunks(model, config, topology, spec)
+    chunks = load_reranker_chunks(model, config, topology, spec, new_weights=True)
     wrapped = wrap_in_ddp(chunks, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     step = GradCache(chunks=wrapped, models=chunks, topology=topology,
@@ -301,7 +301,7 @@ def _head_errors(chunks: Any, gradients: Path, spec: Any) -> SquaredErrors:
     with HFDirectory(gradients) as source:
         for chunk in chunks:
             if chunk.head is not None and chunk.head.weight is not None:
-                expected = read_head(source, source.family.name, spec.kind,
+                expected = read_head(source, source.shape, spec.kind,
                                      spec.token_ids if spec.kind == "yes_no" else None, str(gradients))
                 for name, parameter in chunk.head.named_parameters():
                     errors[f"head.{name}", 0] = squared_error(parameter, expected[name])

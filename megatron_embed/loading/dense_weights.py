@@ -1,0 +1,47 @@
+"""Weights of Dense modules, from a model directory or new."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_embed.checkpoint.load import keys_of
+from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS
+from megatron_embed.convert.dense_tensors import open_dense, read_dense
+from megatron_embed.models.dense import initialize_dense
+from megatron_embed.models.dense_settings import DenseSettings
+from megatron_embed.models.encoder import EmbeddingModel
+
+if TYPE_CHECKING:
+    from megatron_embed.loading.model_directory import ModelDirectory
+
+logger = logging.getLogger(__name__)
+
+
+def holds_dense_weights(model: "ModelDirectory", dense: Sequence[DenseSettings]) -> bool:
+    """Whether the weights of these Dense modules are among the checkpoint's tensors, not in the model's directory."""
+    return (model.checkpoint is not None and bool(dense) and model.dense_directory == model.root
+            and any(key.startswith(DENSE_KEYS) for key in keys_of(model.checkpoint)))
+
+
+def load_dense_weights(model: "ModelDirectory", chunks: Sequence[EmbeddingModel], seed: int,
+                       dense: Sequence[DenseSettings]) -> None:
+    """Dense modules of the model's directory, or those that a run adds, which the log names."""
+    if model.saved.dense:
+        for settings in dense:  # on every rank, so that what does not fit is refused by all
+            open_dense(model.dense_directory, settings).close()
+    elif dense:
+        sizes = ", ".join(f"{settings.in_features} -> {settings.out_features}" for settings in dense)
+        logger.info("%s has no Dense module: the run adds one with new weights, %s", model.peft or model.path, sizes)
+    modules = chunks[-1].dense
+    if modules is None:
+        return
+    if not model.saved.dense:
+        initialize_dense(modules, seed)
+        return
+    with torch.no_grad():
+        for layer in modules.layers():
+            tensors = read_dense(model.dense_directory, layer.settings)
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(layer.own_rows(tensors[name]))
