@@ -22,6 +22,7 @@ from megatron_embed.convert.dense_tensors import holds_dense, write_trained_dens
 from megatron_embed.convert.head_tensors import saved_modules, score_names
 from megatron_embed.convert.lora_merge import CheckpointKey
 from megatron_embed.convert.lora_names import AdapterTensor, adapter_tensors, linear_rules, peft_targets
+from megatron_embed.convert.peft_selection import PeftSelection
 from megatron_embed.convert.report import PeftReport
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatron_embed.convert.storage.torch_dist import DcpReader
@@ -80,6 +81,10 @@ class PeftAdapter:
         try:
             stored = self._backbone_names(family)
             modules = self._modules(stored, family)
+            self._selection = PeftSelection(path / CONFIG_FILE, values)
+            self._check_selection(stored.values())
+            if values.get("init_lora_weights", True) not in (True, "gaussian"):
+                self._check_complete(stored, family, shape, modules)
             self.settings = AdapterSettings(
                 rank=values["r"], alpha=float(values["lora_alpha"]), use_rslora=bool(values.get("use_rslora")),
                 modules=modules, base_model=base_of(path))
@@ -123,8 +128,16 @@ class PeftAdapter:
             yield name, self._file.read(name)
 
     def read_head(self, name: str) -> Tensor:
-        """One of the tensors of `head`, in the dtype of the file."""
-        return self._file.read(self.head[name])
+        """One of the tensors of `head`, in the dtype of the file.
+
+        Raises:
+            CheckpointError: its module is not trained whole by the settings, so that PEFT leaves the tensor out.
+        """
+        stored = self.head[name]
+        if not self._selection.trains_whole(stored.removeprefix(_PREFIX).rpartition(".")[0]):
+            raise CheckpointError(f"{self.path / CONFIG_FILE}: modules_to_save does not name the module of {stored} in "
+                                  f"{WEIGHTS_FILE}, so that PEFT leaves it out; name it there, or remove the tensor")
+        return self._file.read(stored)
 
     def _config(self) -> dict[str, Any]:
         file = self.path / CONFIG_FILE
@@ -141,7 +154,12 @@ class PeftAdapter:
 
     def _backbone_names(self, family: Family) -> dict[str, str]:
         """Full name -> name in the file, for the tensors of the backbone; the others become `head`."""
-        stored = {_full_name(name, family): name for name in self._file.entries}
+        stored: dict[str, str] = {}
+        for name in self._file.entries:
+            other = stored.setdefault(_full_name(name, family), name)
+            if other != name:
+                raise CheckpointError(f"{self.path / WEIGHTS_FILE}: {other} and {name} are the same tensor; remove one "
+                                      "of them")
         self.head = {full: name for full, name in stored.items() if family.is_passthrough(full)}
         return {full: name for full, name in stored.items() if full not in self.head}
 
@@ -156,6 +174,28 @@ class PeftAdapter:
                                       "merge_and_unload, and give the merged model")
             adapted.add(pattern)
         return tuple(name for name in known if name in adapted)
+
+    def _check_selection(self, stored: Iterable[str]) -> None:
+        """Raises CheckpointError for a tensor of a layer that has no adapter by the settings."""
+        for name in stored:
+            module = name.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".lora_A").removesuffix(".lora_B")
+            if not self._selection.adapts(module):
+                raise CheckpointError(f"{self.path / CONFIG_FILE}: target_modules, exclude_modules and modules_to_save "
+                                      f"give {module} no adapter, and {WEIGHTS_FILE} has {name}, which PEFT leaves "
+                                      "out; remove the tensors, or correct the settings")
+
+    def _check_complete(self, stored: dict[str, str], family: Family, shape: ModelShape,
+                        modules: Sequence[str]) -> None:
+        """Raises CheckpointError for a layer that has an adapter by the settings, and whose tensors are missing: PEFT
+        then leaves the adapter as it begins, and not every initialization begins with no effect."""
+        prefixed = any(name.startswith(_PREFIX + family.prefix) for name in stored.values())
+        for pattern in set(linear_rules(family)) - set(modules):
+            for layer in range(shape.num_layers):
+                name = pattern.replace("*", str(layer)).replace("#", "0")
+                name = name if prefixed else name.removeprefix(family.prefix)
+                if self._selection.adapts(name):
+                    raise CheckpointError(f"{self.path / CONFIG_FILE}: target_modules gives {name} an adapter, and "
+                                          f"{WEIGHTS_FILE} has no tensors of it; leave it out of target_modules")
 
     def _stored_name(self, stored: dict[str, str], tensor: AdapterTensor) -> str:
         """Name in the file of a tensor, after a check that it exists and has the right shape."""

@@ -52,12 +52,18 @@ class TokenVectors:
                                   "embedding.query_expansion to 0, or take a model whose tokenizer has one")
         self._token = token
 
-    def longest_query(self, max_length: int) -> int:
-        """Tokens of the longest query, given the maximum length that is set for them."""
+    def cut_length(self, max_length: int, *, raised: bool) -> int:
+        """Tokens that a query is cut to before its expansion, given the maximum length that is set for queries;
+        `raised`: at least those of the expansion."""
         expansion = self._settings.expansion
-        if expansion is None:
+        if expansion is None or not (expansion.truncates or raised):
             return max_length
         return expansion.length if expansion.truncates else max(max_length, expansion.length)
+
+    def longest(self, role: Role, cut_length: int) -> int:
+        """Tokens of the role's longest text, those of the expansion included."""
+        expansion = self._settings.expansion if role == "query" else None
+        return cut_length if expansion is None else max(cut_length, expansion.length)
 
     def of(self, rows: Sequence[list[int]], role: Role, num_truncated: int) -> TokenizedRows:
         """The texts with what they give vectors for; a text without any vector has no tokens either."""

@@ -17,8 +17,8 @@ from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.token_cache import Prompted, TokenCache, TokenizedText, tokenizer_digest
 from megatron_embed.data.token_vectors import TokenVectors, keep_prompts_whole
 from megatron_embed.data.tokenized import TokenizedRows
-from megatron_embed.data.vocabulary import has_tokenizer_files, refuse_large_files
-from megatron_embed.errors import CheckpointError, ConfigError, first_line
+from megatron_embed.data.vocabulary import has_tokenizer_files, loading_error, refuse_large_files
+from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.names import MessageFormat, Role, TruncationSide
 
 _PLACEHOLDER = "{instruction}"
@@ -41,6 +41,10 @@ class TextFormat:
     """Whether that template gets the text's role, as `task`."""
     vectors: VectorFormat | None = None
     """The tokens of a multi-vector model that give vectors, and how queries are expanded; None: a text gives one."""
+    raises_query_length: bool = True
+    """Whether a longest query below the expansion's length is raised to it; else it is cut first."""
+    pools_prompts: bool = True
+    """False: the model's pooling leaves out the tokens of a prompt, which is not computed: prompts are refused."""
 
 
 def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: bool = False) -> Any:
@@ -63,12 +67,11 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
         tokenizer = open_tokenizer(directory)
         tokenizer(["a b"], verbose=False)  # some wrong values are only read here, such as a list for model_max_length
     except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
-        raise CheckpointError(f"{model_dir}: the tokenizer cannot be loaded: {first_line(error)}; copy "
-                              "tokenizer.json and tokenizer_config.json of the model into it") from error
+        raise loading_error(directory, error) from error
     if vocab_size is not None:
         # Refused here, before the first text: a rank that holds no such row would look up zeros, another would fail.
         added = set(tokenizer.added_tokens_decoder) if added_may_exceed else set()
-        ids = ((token, token_id) for token, token_id in tokenizer.get_vocab().items() if token_id not in added)
+        ids = (item for item in tokenizer.get_vocab().items() if item[1] not in added)
         token, largest = max(ids, key=lambda item: item[1], default=("", -1))
         if largest >= vocab_size:
             raise CheckpointError(f"{model_dir}: its tokenizer gives {shortened(token)} the id {largest}, but the "
@@ -166,14 +169,15 @@ class RoleTokenizer:
         self._prompts: dict[Role, str] = {"query": query_prompt, "document": document_prompt}
         self._max_lengths: dict[Role, int] = {"query": query_max_length, "document": document_max_length}
         self._length_keys: dict[Role, str] = dict(zip(self._max_lengths, length_keys, strict=True))
+        self._pools_prompts = text_format.pools_prompts
         self._checked: set[tuple[Role, str]] = set()
         self._cache: TokenCache | None = None
         self.notices: set[str] = set()
-
         self._token_vectors = None
         if text_format.vectors is not None:
             self._token_vectors = TokenVectors(self._tokenizer, text_format.vectors, model_dir)
-            self._max_lengths["query"] = self._token_vectors.longest_query(query_max_length)
+            self._max_lengths["query"] = self._token_vectors.cut_length(
+                query_max_length, raised=text_format.raises_query_length)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         pad = next((i for i in (self._tokenizer.pad_token_id, self.eos_token_id)
                     if i is not None and 0 <= i < (self._vocab_size or i + 1)), 0)
@@ -201,8 +205,9 @@ class RoleTokenizer:
         return _PLACEHOLDER in self._prompts["query"] and self._instruction is None
 
     def max_length(self, role: Role) -> int:
-        """Tokens of the role's longest text, prompt and special tokens included."""
-        return self._max_lengths[role]
+        """Tokens of the role's longest text, prompt, special and appended tokens included."""
+        own, length = self._token_vectors, self._max_lengths[role]
+        return length if own is None else own.longest(role, length)
 
     def without_prompts(self) -> "RoleTokenizer":
         """The same tokenizer for texts without a prompt."""
@@ -328,9 +333,12 @@ class RoleTokenizer:
         return fill_template(prompt, instruction)
 
     def _check_prompt_length(self, role: Role, prompt: str) -> None:
-        """Refuse a prompt that leaves no tokens for text; each prompt is tokenized once."""
+        """Refuse a prompt that leaves no tokens for text, or may not be pooled; each prompt is tokenized once."""
         if (role, prompt) in self._checked:
             return
+        if prompt and not self._pools_prompts:
+            raise ConfigError(f"{self._model_dir}: include_prompt = false in its pooling is not supported together "
+                              f"with a {role} prompt, {shortened(prompt)}; set it to true, or leave the prompt out")
         used = self._num_prefix + len(self._suffix) + len(self._eos)
         if self._chat is not None:
             used += len(self._ids_of([prompt], [""], role)[0])

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from megatron_embed.config.json_file import LARGEST_FILE, LARGEST_TOKENIZER
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES
 
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
                 "chat_template.json")
+_SHOWN = 300
+"""Characters of an error of Transformers in a message."""
 
 
 def has_tokenizer_files(directory: Path) -> bool:
@@ -23,3 +25,21 @@ def refuse_large_files(directory: Path) -> None:
         file = directory / name
         if file.is_file() and file.stat().st_size > limit:
             raise CheckpointError(f"{file}: longer than {limit >> 20} MiB, too long for a tokenizer; fetch it again")
+
+
+def loading_error(directory: Path, error: Exception) -> CheckpointError:
+    """What to say when Transformers cannot load a directory's tokenizer: it reads config.json first, and that may be
+    the file at fault."""
+    from transformers import AutoConfig
+
+    file = directory / "config.json"
+    try:
+        if file.is_file():
+            AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as of_config:  # noqa: BLE001  # what the tokenizer's loading may raise
+        if str(of_config) == str(error):
+            text = " ".join(str(of_config).split())
+            return CheckpointError(f"{file}: Transformers cannot read it: {text[:_SHOWN]}; correct the value, or fetch "
+                                   "the file again")
+    return CheckpointError(f"{directory}: the tokenizer cannot be loaded: {first_line(error)}; copy tokenizer.json and "
+                           "tokenizer_config.json of the model into it")

@@ -32,11 +32,14 @@ def lengths(saved: SavedSettings) -> dict[str, Any]:
     """Keys of sentence_bert_config.json: the lengths of the roles, and how queries are expanded."""
     assert saved.vectors is not None
     expansion = saved.vectors.expansion
-    # An expansion that cuts queries decides their length, and Sentence Transformers takes no second one.
-    roles = {f"{role}_length": length for role, length in saved.role_lengths.items()
-             if role == "document" or expansion is None or not expansion.truncates}
+    roles = {f"{role}_length": length for role, length in saved.role_lengths.items()}
     if expansion is None:
         return roles
+    length = roles.pop("query_length", None)
+    # An expansion that cuts queries decides their length, and Sentence Transformers takes no second one, nor one below
+    # that of an expansion.
+    if length is not None and not expansion.truncates:
+        roles["query_length"] = max(length, expansion.length)
     return {**roles, "query_expansion": {
         "strategy": "fixed" if expansion.truncates else "min", "attend": expansion.attend, "token": expansion.token,
         "length": expansion.length}}

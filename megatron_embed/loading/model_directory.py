@@ -98,7 +98,8 @@ class ModelDirectory:
         saved, chat = self.saved, self.saved.chat
         return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
                           chat_content=None if chat is None else chat.content,
-                          chat_variables={} if chat is None else chat.variables, vectors=saved.vectors)
+                          chat_variables={} if chat is None else chat.variables, vectors=saved.vectors,
+                          pools_prompts=saved.pools_prompts)
 
     @property
     def read_from(self) -> tuple[Path, ...]:
@@ -320,20 +321,20 @@ def _load_peft_weights(path: Path, model: ModelDirectory, chunks: Sequence[Embed
 def open_role_tokenizer(model: ModelDirectory, *, pooling: ModelPooling, max_length: int | None, prompts: bool,
                         given_prompts: dict[Role, str] | None = None) -> RoleTokenizer:
     """The tokenizer of an embedding model with its prompts and lengths; arguments as those of `open_encoder`."""
-    own = model.saved.prompts if prompts else {"document": model.saved.default_prompt}
-    texts = {**own, **(given_prompts or {})}
+    texts = {**(model.saved.prompts if prompts else {"document": model.saved.default_prompt}), **(given_prompts or {})}
     lengths = role_lengths(model, max_length, by_role=prompts)
+    key = "--max-length" if max_length is not None or not model.saved.length_key else model.saved.length_key
+    text_format = dataclasses.replace(
+        model.text_format, tell_role=prompts, raises_query_length=max_length is None and bool(model.max_lengths))
     return RoleTokenizer(
         str(model.tokenizer_directory), add_eos=pooling == "lasttoken" and model.saved.adds_eos,
-        text_format=dataclasses.replace(model.text_format, tell_role=prompts), query_prompt=texts.get("query", ""),
-        document_prompt=texts.get("document", ""), query_max_length=lengths["query"],
-        document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
+        text_format=text_format, query_prompt=texts.get("query", ""), document_prompt=texts.get("document", ""),
+        query_max_length=lengths["query"], document_max_length=lengths["document"], length_keys=(key, key),
         vocab_size=model.shape.vocab_size)
 
 
 def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = True,
-                 given_prompts: dict[Role, str] | None = None,
-                 start: Start = initialize, key: str = "--model",
+                 given_prompts: dict[Role, str] | None = None, start: Start = initialize, key: str = "--model",
                  multi_vector: bool = False) -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
@@ -350,8 +351,8 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
     """
     model = find_model(args.model, key)
     if not with_dense:
-        model = dataclasses.replace(model, saved=dataclasses.replace(
-            model.saved, dense=(), vectors=None, sparse=False))
+        saved = dataclasses.replace(model.saved, dense=(), vectors=None, sparse=False)
+        model = dataclasses.replace(model, saved=saved)
     if not multi_vector:
         model.require_one_vector(key, "here a model has")
     if args.pooling is not None and (model.saved.vectors is not None or model.saved.sparse):

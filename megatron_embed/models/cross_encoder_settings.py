@@ -14,9 +14,10 @@ from megatron_embed.config.json_file import read_optional_json_object
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
 from megatron_embed.models.known_keys import CONFIG_BLOCK, LOGIT_SCORE
-from megatron_embed.models.modules_json import read_modules, transformer_settings_files
+from megatron_embed.models.modules_json import read_modules
 from megatron_embed.models.reranker_settings import head_in_config
-from megatron_embed.models.saved_settings import named_prompts, token_limit
+from megatron_embed.models.saved_settings import named_prompts
+from megatron_embed.models.transformer_settings import settings_file, token_limit
 from megatron_embed.names import MESSAGE_FORMATS, Activation, HeadKind, MessageFormat
 
 ACTIVATION_CLASSES: Mapping[str, Activation] = {
@@ -90,10 +91,10 @@ def read_cross_encoder(directory: str | Path,
         assert head is not None
         return CrossEncoderSettings(is_saved=False, head=head, activation=_activation_of_config(base, config),
                                     max_length=tokenizer_length, pad_token_id=pad_token_id)
-    settings_file = folder / "config_sentence_transformers.json"
-    values = read_optional_json_object(settings_file)
-    prompts, default = named_prompts(settings_file, values)
-    module = _transformer_config(folder)
+    own_file = folder / "config_sentence_transformers.json"
+    values = read_optional_json_object(own_file)
+    prompts, default = named_prompts(own_file, values)
+    module = settings_file(folder)
     transformer_task = _task(*module)
     if transformer_task == "sequence-classification" and head != "score":
         raise CheckpointError(f"{base / 'config.json'}: architectures = {config.get('architectures')!r}: modules.json "
@@ -101,7 +102,7 @@ def read_cross_encoder(directory: str | Path,
     token_ids = _answer_ids(folder, transformer_task)
     return CrossEncoderSettings(
         is_saved=True, head="score" if transformer_task == "sequence-classification" else "yes_no", token_ids=token_ids,
-        activation=_activation(settings_file, "activation_fn", values.get("activation_fn"))
+        activation=_activation(own_file, "activation_fn", values.get("activation_fn"))
         or _activation_of_config(base, config),
         prompts=prompts, default_prompt=default, message=_message_format(*module),
         lower_case=bool(module[1].get("do_lower_case")),
@@ -142,16 +143,6 @@ def _activation_of_config(base: Path, config: Mapping[str, Any]) -> Activation |
         return _activation(base / "config.json", "sentence_transformers.activation_fn", block["activation_fn"])
     key = "sbert_ce_default_activation_function"
     return _activation(base / "config.json", key, config.get(key))
-
-
-def _transformer_config(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The first of the Transformer module's possible settings files that is not empty, and its contents."""
-    files = transformer_settings_files(folder)
-    for file in files:
-        values = read_optional_json_object(file)
-        if values:
-            return file, values
-    return files[0], {}
 
 
 def _task(file: Path, values: Mapping[str, Any]) -> Literal["sequence-classification", "text-generation"]:
@@ -241,7 +232,9 @@ def _chat_arguments(file: Path, values: Mapping[str, Any]) -> dict[str, bool]:
 def _saved_length(file: Path, values: Mapping[str, Any]) -> int | None:
     """Longest pair in the module's settings: the tokenizer's argument, else the processor's, else max_seq_length."""
     processing = values.get("processing_kwargs") or {}
-    processor = values.get("processor_kwargs") or values.get("tokenizer_args") or {}
+    # Of both names the library takes the older one.
+    older = values.get("tokenizer_args")
+    processor = older if older is not None else values.get("processor_kwargs") or {}
     for key in ("model_kwargs", "model_args", "config_kwargs", "config_args"):
         if values.get(key):
             raise CheckpointError(f"{file}: {key} = {values[key]!r} is not supported; write it into config.json")
@@ -249,6 +242,9 @@ def _saved_length(file: Path, values: Mapping[str, Any]) -> int | None:
     if others:
         raise CheckpointError(f"{file}: processor_kwargs.{others[0]} is not supported; write it into "
                               "tokenizer_config.json")
+    if processor.get("model_max_length", 0) is None:
+        raise CheckpointError(f"{file}: processor_kwargs.model_max_length = None stands before max_seq_length, and "
+                              "means no limit; remove the key")
     lengths = (("processing_kwargs.text.max_length", (processing.get("text") or {}).get("max_length")),
                ("processor_kwargs.model_max_length", processor.get("model_max_length")),
                ("max_seq_length", values.get("max_seq_length")))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_embed.config.schema import EmbeddingConfig
 from megatron_embed.errors import CheckpointError, ConfigError
-from megatron_embed.models.families import ModelShape
+from megatron_embed.models.model_shape import ModelShape
 from megatron_embed.names import DenseActivation, ModelPooling
 
 WIDE = 1024

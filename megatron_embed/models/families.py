@@ -13,7 +13,8 @@ from typing import Any, Literal
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.deberta_family import deberta_v2
-from megatron_embed.models.hf_config import HFConfig, activation, rope, rotary_dim, shown
+from megatron_embed.models.hf_config import HFConfig, activation, is_causal, rope, rotary_dim, shown
+from megatron_embed.models.known_keys import CONFIG
 from megatron_embed.models.local_attention_families import gemma2, gemma3_text, modernbert
 from megatron_embed.models.model_shape import (
     ClassifierShape,
@@ -91,7 +92,8 @@ def _decoder(config: HFConfig, family: FamilyName, defaults: _Defaults, *,
     heads = config["num_attention_heads"]
     partial = defaults.partial_rotary
     base, scaling = rope(config, defaults.rotary_base, partial=partial is not None)
-    head_dim = config.get("head_dim", defaults.head_dim or config["hidden_size"] // heads)
+    own_dim = None if "head_dim" in config.values else defaults.head_dim
+    head_dim = config.get("head_dim", own_dim or config["hidden_size"] // heads)
     return ModelShape(
         family=family, hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
         num_attention_heads=heads,
@@ -102,7 +104,7 @@ def _decoder(config: HFConfig, family: FamilyName, defaults: _Defaults, *,
         max_position_embeddings=config["max_position_embeddings"], norm="RMSNorm",
         norm_eps=config.get("rms_norm_eps", defaults.norm_eps), activation=activation(config, "silu"), gated=True,
         add_bias_linear=bias == "all", add_qkv_bias=bias != "none", qk_layernorm=qk_layernorm, post_norm=False,
-        bidirectional=config.get("is_causal", True) is False, rotary_base=base, rope_scaling=scaling,
+        bidirectional=not is_causal(config), rotary_base=base, rope_scaling=scaling,
         rotary_dim=None if partial is None else rotary_dim(config, head_dim, partial),
         sliding_window=sliding_window, type_vocab_size=0,
         tie_word_embeddings=config.get("tie_word_embeddings", False),
@@ -141,6 +143,8 @@ def _with_experts(config: HFConfig, shape: ModelShape, *, normalize: bool) -> Mo
     """The shape with the experts that config.json names."""
     # Transformers 5 may write `num_local_experts`; released Qwen3 models have `num_experts`.
     experts = config.get("num_experts", None) or config["num_local_experts"]
+    config.refuse_unless("num_local_experts", (None, experts), f"num_experts = {experts} is the same setting's other "
+                         "name; remove one")
     if normalize and config["num_experts_per_tok"] == 1:
         raise CheckpointError(f"{config.file}: num_experts_per_tok = 1 is not supported where the chosen experts' "
                               "weights are made to sum to 1: the router would have no gradient; choose 2 or more")
@@ -268,6 +272,7 @@ def model_shape(directory: str | Path) -> ModelShape:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(f"{file}: model_type = {shown(kind)} is not supported; give a model of one of these "
                               f"families: {', '.join(FAMILIES)}")
+    CONFIG.check(Path(file), values)
     try:
         return FAMILIES[kind](HFConfig(values, file))
     except CheckpointError as error:

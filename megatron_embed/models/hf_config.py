@@ -23,7 +23,7 @@ _FINITE = ("layer_norm_eps", "rms_norm_eps", "norm_eps", "initializer_range", "r
            "final_logit_softcapping", "layer_norm_epsilon", "initializer_factor", "factor", "low_freq_factor",
            "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
 _BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "norm_bias", "classifier_bias",
-             "decoder_bias", "use_bidirectional_attention", "bias", "qkv_bias")
+             "decoder_bias", "use_bidirectional_attention", "bias", "qkv_bias", "is_causal", "is_gated_act")
 
 
 def _check_value(key: str, value: object, file: str) -> None:
@@ -76,6 +76,14 @@ class HFConfig:
             raise CheckpointError(f"{self.file}: {key} = {shown(value)} is not supported: {why}")
 
 
+def is_causal(config: HFConfig) -> bool:
+    """Whether a decoder's tokens see only those before them. Raises CheckpointError for null, false in Transformers."""
+    if "is_causal" in config.values and config.values["is_causal"] is None:
+        raise CheckpointError(f"{config.file}: is_causal = None is false in Transformers 5, and true before; "
+                              "write true or false")
+    return bool(config.get("is_causal", True))
+
+
 ACTIVATIONS: dict[str, HiddenActivation] = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
 """Transformers' names -> ours."""
@@ -102,7 +110,8 @@ def rotary_dim(config: HFConfig, head_dim: int, default: float) -> int | None:
     parameters = config.get("rope_scaling", {}) or config.get("rope_parameters", {})
     _check_object(config, parameters)
     factor = parameters.get("partial_rotary_factor")
-    factor = config.get("partial_rotary_factor", default) if factor is None else factor
+    if factor is None:  # null is all in Transformers
+        factor = config.get("partial_rotary_factor", 1.0 if "partial_rotary_factor" in config.values else default)
     rotated = int(head_dim * factor) if type(factor) in (int, float) and 0 < factor <= 1 else 0
     if rotated < 2 or rotated % 2:
         raise CheckpointError(f"{config.file}: partial_rotary_factor = {shown(factor)} must rotate an even number of "

@@ -18,7 +18,7 @@ _LOADING = {
     "use_safetensors": harmless("how the weights are read"),
 }
 _TOKENIZER_LOADING = {
-    "model_max_length": honoured("longest text in tokens, before max_seq_length"),
+    "model_max_length": honoured("longest text in tokens, before max_seq_length; null is refused"),
     "padding_side": harmless("where a batch is padded; nothing is padded here"),
     "revision": harmless("revision of the hub's files"),
     "trust_remote_code": harmless("Sentence Transformers removes it; code in a directory is never run here"),
@@ -39,7 +39,7 @@ _PROCESSING = {
     "text": nested("arguments of the tokenizer's call", {
         "padding": harmless("how a batch is padded; nothing is padded here"),
         "truncation": honoured("whether a text that is too long is truncated", True, "longest_first"),
-        "max_length": honoured("longest text in tokens, before every other length"),
+        "max_length": honoured("longest text in tokens, before every other length; null is refused"),
         "logits_to_keep": honoured("tokens whose logits are computed, from the last one on; of a sparse decoder all: "
                                    "0"),
     }),
@@ -80,7 +80,7 @@ SENTENCE_BERT_CONFIG = FileTable(
         "model_args": nested("arguments of loading the model", _LOADING),
         "model_kwargs": nested("the newer name of model_args", _LOADING),
         "tokenizer_args": nested("arguments of loading the tokenizer", _TOKENIZER_LOADING),
-        "processor_kwargs": nested("the newer name of tokenizer_args", _TOKENIZER_LOADING),
+        "processor_kwargs": nested("the newer name of tokenizer_args, which stands before it", _TOKENIZER_LOADING),
         "config_args": nested("arguments of loading config.json", _CONFIG_LOADING),
         "config_kwargs": nested("the newer name of config_args", _CONFIG_LOADING),
         "tokenizer_name_or_path": refused("a tokenizer from elsewhere", remedy="copy its files into the directory, and "
@@ -111,9 +111,12 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
         "keep_in_fp32_modules": harmless("of a cross-encoder: modules that stay in float32"),
         "query_prefix": honoured("of PyLate: the token before every query"),
         "document_prefix": honoured("of PyLate: the token before every document"),
-        "query_length": honoured("of PyLate: tokens of a query, mask tokens included"),
-        "document_length": honoured("of PyLate: longest document in tokens"),
-        "do_query_expansion": honoured("of PyLate: whether queries get mask tokens", True, False, None),
+        "query_length": honoured("of PyLate: tokens of a query, mask tokens included; sentence_bert_config.json's "
+                                 "query_length and query_expansion stand before it"),
+        "document_length": honoured("of PyLate: longest document in tokens; sentence_bert_config.json's stands before "
+                                    "it"),
+        "do_query_expansion": honoured("of PyLate: whether queries get mask tokens; without the key they do if any key "
+                                       "of PyLate is there", True, False, None),
         "attend_to_expansion_tokens": honoured("of PyLate: whether attention sees these", True, False, None),
         "skiplist_words": honoured("of PyLate: tokens of documents that give no vector; None: punctuation"),
     })
@@ -126,7 +129,7 @@ MODULES = FileTable(
           "none.",
     keys={
         "idx": harmless("the module's number"),
-        "name": harmless("the module's name"),
+        "name": honoured("the module's name: one for each, since of two with the same name only the later is loaded"),
         "path": honoured("the module's folder"),
         "type": honoured("the module's class, of Sentence Transformers itself"),
         "kwargs": harmless("names of arguments of the caller that the module takes; none is given here"),
@@ -146,8 +149,8 @@ POOLING = FileTable(
            for flag, name in POOLING_FLAGS.items()},
         "pooling_mode_max_tokens": refused("the maximum over the tokens, per dimension", False),
         "pooling_mode_mean_sqrt_len_tokens": refused("the sum over the root of the number of tokens", False),
-        "include_prompt": honoured("whether the prompt's tokens are pooled too; false is refused where there are "
-                                   "prompts", True, False, None),
+        "include_prompt": honoured("whether the prompt's tokens are pooled too; false, or null, is refused where texts "
+                                   "have a prompt, the directory's or the user's", True, False, None),
         "embedding_dimension": harmless("the number of dimensions, which config.json has too"),
         "word_embedding_dimension": harmless("the older name of embedding_dimension"),
     })
@@ -219,6 +222,17 @@ TOKENIZER_CONFIG = FileTable(
                                   "chat_template.jinja"),
     })
 
+CONFIG = FileTable(
+    file="config.json", closed=False, remedy="take a release of the model without it",
+    about="Read by the model's family. Only keys that change what Transformers computes in every family are listed; "
+          "those of a family that are not computed are refused by its reader.",
+    keys={
+        "transformers_weights": refused("the file of the weights, in place of model.safetensors",
+                                        remedy="give that file the name model.safetensors, and remove the key"),
+        "per_layer_config": refused("settings of single layers", {}, []),
+        "fusion_config": refused("layers that Transformers replaces by others", {}),
+    })
+
 CONFIG_BLOCK = FileTable(
     file="config.json: sentence_transformers", about="What Sentence Transformers 4 and 5 write for a cross-encoder.",
     keys={
@@ -265,8 +279,11 @@ ADAPTER_CONFIG = FileTable(
         "lora_alpha": honoured("scales the adapter's output by lora_alpha / r"),
         "use_rslora": honoured("scales by lora_alpha / sqrt(r) instead", True, False, None),
         "base_model_name_or_path": honoured("the model that the adapter belongs to"),
+        "target_modules": honoured("the adapted modules: endings of names, a regular expression, or all-linear; "
+                                   "tensors of others, which PEFT leaves out, are refused"),
+        "exclude_modules": honoured("modules without an adapter all the same; their tensors are refused"),
         "modules_to_save": honoured("modules trained whole: a reranker's classifier; others are refused by their "
-                                    "tensors"),
+                                    "tensors, and so are the adapters' tensors of these"),
         "init_lora_weights": honoured(
             "the adapter's initialization; under pissa, olora, corda, loftq and lora_ga the base's weights were "
             "changed with it, and PEFT changes them again when it loads the adapter, or cannot", *_INITIALIZATIONS,
@@ -275,8 +292,6 @@ ADAPTER_CONFIG = FileTable(
                    "merge_and_unload as a whole model"),
         "arrow_config": refused("routes every token among several adapters"),
         "lora_dropout": harmless("of training; a new run's is lora.dropout"),
-        "target_modules": harmless("the adapted modules, which the tensors show too"),
-        "exclude_modules": harmless("modules without an adapter, which the tensors show too"),
         "task_type": harmless("PEFT's class around the model"),
         "auto_mapping": harmless("the class that the adapter was made for"),
         "inference_mode": harmless("whether training continues"),
@@ -315,7 +330,7 @@ ADAPTER_CONFIG = FileTable(
 
 TABLES: tuple[FileTable, ...] = (
     SENTENCE_BERT_CONFIG, CONFIG_SENTENCE_TRANSFORMERS, MODULES, POOLING, DENSE, NORMALIZE, MULTI_VECTOR_MASK,
-    SPLADE_POOLING, TOKEN_DENSE, TOKEN_NORMALIZE, TOKENIZER_CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE,
+    SPLADE_POOLING, TOKEN_DENSE, TOKEN_NORMALIZE, TOKENIZER_CONFIG, CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE,
     ADAPTER_CONFIG)
 """All tables, in the order of the page."""
 

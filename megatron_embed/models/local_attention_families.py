@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.hf_config import HFConfig, activation, layer_rope, rope, shown
+from megatron_embed.models.hf_config import HFConfig, activation, is_causal, layer_rope, rope, shown
 from megatron_embed.models.model_shape import ClassifierShape, ModelShape
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -37,6 +37,10 @@ def modernbert(config: HFConfig) -> ModelShape:
     full = full_attention_layers(config, tuple(range(0, layers, every)))
     # config.json has the width of the whole window; half of it lies on either side.
     window = config.get("local_attention", 128) // 2
+    config.refuse_unless("sliding_window", (None, window), "Transformers takes it in place of local_attention, half of "
+                         f"which is {window}; write twice its value as local_attention, and remove it")
+    config.refuse_unless("head_dim", (None, config["hidden_size"] // heads), "Transformers rotates so many dimensions "
+                         "of a head, which has hidden_size / num_attention_heads; remove it")
     if window == 0 and len(full) < layers:
         raise CheckpointError(f"{config.file}: local_attention = 1 is not supported: a token would attend to itself "
                               "alone; fetch the file again")
@@ -111,7 +115,7 @@ def _gemma(config: HFConfig, family: Literal["gemma2", "gemma3_text"], full: tup
         embedding_scale=hidden**0.5, attention_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
         activation=activation(config, "gelu_pytorch_tanh", "hidden_activation"), gated=True, add_bias_linear=False,
         add_qkv_bias=False, qk_layernorm=False, post_norm=False,
-        bidirectional=config.get("is_causal", True) is False, rotary_base=None,
+        bidirectional=not is_causal(config), rotary_base=None,
         sliding_window=None if len(full) == layers else window, full_attention_layers=full, type_vocab_size=0,
         tie_word_embeddings=config.get("tie_word_embeddings", True),
         initializer_range=config.get("initializer_range", 0.02))

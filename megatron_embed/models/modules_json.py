@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import plain_name
+from megatron_embed.models.key_table import shown_value
 from megatron_embed.models.known_keys import MODULES
 
 Kind = Literal["Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore", "MultiVectorMask",
@@ -82,7 +83,8 @@ def read_modules(file: Path) -> list[Module]:
     """The modules that a modules.json lists, in its order.
 
     Raises:
-        CheckpointError: it is not readable, not a list of modules, or a folder is not a plain name.
+        CheckpointError: it is not readable, not a list of modules, a folder is not a plain name, or two modules have
+            the same name, or one has none.
     """
     try:
         listed: Any = read_json_file(file)
@@ -97,10 +99,22 @@ def read_modules(file: Path) -> list[Module]:
         MODULES.check(file, module)
     modules = [Module(type=module["type"], kind=STOCK_TYPES.get(module["type"]), path=module["path"])
                for module in listed]
+    _check_names(file, [module.get("name") for module in listed])
     for index, module in enumerate(modules):
         if index or module.path:
             plain_name(module.path, f"{file}: path of module {index} ({module.type})")
     return modules
+
+
+def _check_names(file: Path, names: list[Any]) -> None:
+    """Raises CheckpointError unless every module has a name of its own, by which Sentence Transformers keeps it."""
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(f"{file}: name = {shown_value(name)} of module {index} must be a text, and Sentence "
+                                  f"Transformers does not load a module without one; write {str(index)!r}")
+        if name in names[:index]:
+            raise CheckpointError(f"{file}: name = {shown_value(name)} stands at two modules, of which Sentence "
+                                  "Transformers keeps only the later; give each a name of its own, such as its number")
 
 
 def supported_modules(directory: Path) -> list[Module]:

@@ -59,7 +59,10 @@ def refuse_other_kinds_keys(file: Path, settings: Mapping[str, Any], *, several:
     if not several and similarity in ("maxsim", "MaxSim"):
         raise CheckpointError(f"{file}: similarity_fn_name = {similarity!r} compares vectors of tokens, and this model "
                               "gives one vector for a text; write 'cosine' or 'dot'")
-    given = [] if several and is_pylate(settings) else [key for key in PYLATE_KEYS if settings.get(key) is not None]
+    # In a multi-vector model Sentence Transformers expands queries if one of the keys is there, even as null.
+    given = [] if several and is_pylate(settings) else [
+        key for key in (*PYLATE_KEYS, "attend_to_mask_tokens")
+        if (key in settings if several else settings.get(key) is not None)]
     if given:
         raise CheckpointError(f"{file}: {given[0]} = {shown_value(settings[given[0]])}: a key of PyLate, which "
                               "Sentence Transformers does not know in a model of this kind; remove the key")
@@ -71,14 +74,14 @@ def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str
 
     Args:
         settings: contents of config_sentence_transformers.json.
-        expansion: what sentence_bert_config.json says of queries.
+        expansion: what sentence_bert_config.json says of queries, or PyLate's keys in its place.
     Raises:
         CheckpointError: its files contradict each other, or a value is none that is supported.
     """
     file, kind = folder / "config_sentence_transformers.json", settings.get("model_type")
     mask = next((module for module in modules if module.kind == "MultiVectorMask"), None)
     if is_pylate(settings) and mask is None and is_multi_vector(modules):
-        return _format_of_pylate(file, settings)
+        return _format_of_pylate(file, settings, expansion)
     if mask is None:
         if is_multi_vector(modules):
             raise CheckpointError(f"{folder / 'modules.json'}: Dense without Pooling before it is only supported in a "
@@ -98,19 +101,34 @@ def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str
     return VectorFormat(skiplist_words=words, skiplist_tasks=tasks, expansion=expansion)
 
 
-def _format_of_pylate(file: Path, settings: Mapping[str, Any]) -> VectorFormat:
-    """The format by PyLate's keys."""
-    words, expansion = settings.get("skiplist_words"), None
+def _format_of_pylate(file: Path, settings: Mapping[str, Any], expansion: QueryExpansion | None) -> VectorFormat:
+    """The format by PyLate's keys; `expansion`: see `pylate_defaults`."""
+    words = settings.get("skiplist_words")
     if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
         raise CheckpointError(f"{file}: skiplist_words = {shown_value(words)} must be a list of texts; correct it")
-    if settings.get("do_query_expansion") is not False:
-        expansion = QueryExpansion(length=pylate_lengths(file, settings).get("query", DEFAULT_QUERY_LENGTH),
-                                   attend=bool(settings.get("attend_to_expansion_tokens")))
     return VectorFormat(skiplist_words=PUNCTUATION if words is None else tuple(words), expansion=expansion,
                         prefix_tokens=True)
 
 
-def pylate_lengths(file: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+def pylate_defaults(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of sentence_bert_config.json as PyLate's keys say them; that file's own stand before them.
+
+    Queries are expanded if any key of PyLate is there, whatever its value, and none turns it off.
+
+    Raises:
+        CheckpointError: a length that is none.
+    """
+    defaults: dict[str, Any] = {f"{role}_length": length for role, length in _pylate_lengths(file, settings).items()}
+    if "query_expansion" in settings or settings.get("do_query_expansion") is False:  # null, others are refused
+        return {**defaults, "query_expansion": None}
+    if any(key in settings for key in (*PYLATE_KEYS, "attend_to_mask_tokens")):
+        attend = settings.get("attend_to_expansion_tokens", settings.get("attend_to_mask_tokens"))
+        length = defaults.pop("query_length", DEFAULT_QUERY_LENGTH)
+        defaults["query_expansion"] = {"strategy": "fixed", "attend": bool(attend), "length": length}
+    return defaults
+
+
+def _pylate_lengths(file: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     """Tokens of queries and documents that PyLate's keys say, by role."""
     lengths: dict[str, int] = {}
     for role in ROLES:
@@ -141,7 +159,8 @@ def _mask(module: Module, folder: Path) -> tuple[tuple[str, ...], tuple[Role, ..
         raise CheckpointError(f"{file}: no such file, and modules.json names it; fetch it into its folder")
     values = read_json_object(file)
     MULTI_VECTOR_MASK.check(file, values)
-    words, tasks = values.get("skiplist_words") or [], values.get("skiplist_tasks") or ["document"]
+    words, tasks = values.get("skiplist_words") or [], values.get("skiplist_tasks")
+    tasks = ["document"] if tasks is None else [tasks] if isinstance(tasks, str) else tasks
     for key, value in (("skiplist_words", words), ("skiplist_tasks", tasks)):
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise CheckpointError(f"{file}: {key} = {shown_value(value)} must be a list of texts; correct it")
@@ -162,9 +181,16 @@ def query_expansion(file: Path, values: Mapping[str, Any]) -> QueryExpansion | N
     if given is None:
         return None
     length, token = given.get("length"), given.get("token")
+    if "strategy" not in given:
+        raise CheckpointError(f"{file}: query_expansion has no strategy; write 'fixed' if longer queries are cut to "
+                              "its length, else 'min'")
     if type(length) is not int or length < 1:
         raise CheckpointError(f"{file}: query_expansion.length = {shown_value(length)} must be a whole number of "
                               "tokens above 0; correct it")
+    longest = values.get("query_length")
+    if type(longest) is int and longest < length:
+        raise CheckpointError(f"{file}: query_length = {longest} is shorter than query_expansion.length = {length}, to "
+                              "which every query is expanded; lower that, or raise query_length")
     if not isinstance(token, str | None):
         raise CheckpointError(f"{file}: query_expansion.token = {shown_value(token)} must be a text; correct it")
     return QueryExpansion(length=length, truncates=given.get("strategy") == "fixed",

@@ -23,50 +23,36 @@ from megatron_embed.models.known_keys import (
     NORMALIZE,
     POOLING,
     POOLING_FLAGS,
-    SENTENCE_BERT_CONFIG,
     SPLADE_POOLING,
     TOKEN_DENSE,
     TOKEN_NORMALIZE,
-    TOKENIZER_CONFIG,
 )
 from megatron_embed.models.modules_json import (
     Module,
     supported_modules,
     transformer_folder,
-    transformer_settings_files,
 )
 from megatron_embed.models.multi_vector_settings import (
     is_multi_vector,
     is_pylate,
-    pylate_lengths,
+    pylate_defaults,
     pylate_prompts,
     query_expansion,
     refuse_other_kinds_keys,
     refuse_stanford,
     vector_format,
 )
-from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Similarity, TruncationSide
+from megatron_embed.models.transformer_settings import ChatFormat, TransformerSettings
+from megatron_embed.names import POOLINGS, ROLES, Pooling, Similarity, TruncationSide
 
 logger = logging.getLogger(__name__)
 
 SPARSE_ENCODER = "SparseEncoder"
 """Value of `model_type` in config_sentence_transformers.json of a sparse model."""
-_NO_LIMIT = 10**9
-"""Transformers writes 1e30 where a tokenizer has no limit."""
 
 _UNREACHED_PROMPTS = ("passage", "corpus")
 """Names under which Sentence Transformers would look for a documents' prompt if every model did not have an empty one
 named document."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatFormat:
-    """How the tokenizer's chat template is applied to every text."""
-
-    content: MessageFormat
-    """Format of a message's content."""
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the template, besides the messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +68,8 @@ class SavedSettings:
     """Tokens, special tokens included: sentence_bert_config.json's, else the tokenizer's."""
     stated_length: int | None = None
     """The same without the tokenizer's, which is a limit and not the length that the model was trained with."""
+    length_key: str = ""
+    """File and key of `max_length`, for messages."""
     role_lengths: dict[str, int] = field(default_factory=dict)
     """Tokens of a query or document, for a role that has a length of its own."""
     similarity: Similarity = "cosine"
@@ -91,6 +79,8 @@ class SavedSettings:
     """All prompts, by name."""
     default_prompt_name: str | None = None
     """The prompt of texts without a role."""
+    pools_prompts: bool = True
+    """False: the pooling leaves out the tokens of a prompt, so that a text must not have one here."""
     truncation_side: TruncationSide | None = None
     """The end at which a text that is too long loses its tokens; None: as tokenizer.json says, else the right one."""
     lower_case: bool = False
@@ -134,11 +124,6 @@ def trained_lengths(saved: SavedSettings, longest: int, by_role: Mapping[str, in
                       longest) for role in ROLES}
 
 
-def token_limit(value: object) -> int | None:
-    """A `model_max_length` in tokens; None if it is missing, or so large that it stands for no limit."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _NO_LIMIT else None
-
-
 def _pooling(path: Path) -> tuple[Pooling, bool]:
     """The pooling of a 1_Pooling/config.json, in either spelling, and whether the prompt's tokens are pooled too."""
     if not path.is_file():
@@ -156,7 +141,8 @@ def _pooling(path: Path) -> tuple[Pooling, bool]:
     pooling = next((name for name in POOLINGS if name.split("+") == active), None)
     if pooling is None:
         raise CheckpointError(f"{path}: pooling {active} is not supported; one of {', '.join(POOLINGS)} is")
-    return pooling, config.get("include_prompt") is not False
+    # In the library null is false.
+    return pooling, config.get("include_prompt", True) is True
 
 
 def _dense(file: Path, path: str, *, normalize_input: bool, of_tokens: bool) -> DenseSettings:
@@ -184,7 +170,12 @@ def _after_pooling(folder: Path, modules: Sequence[Module]) -> tuple[tuple[Dense
     for module in modules:
         file = folder / module.path / "config.json"
         if module.kind == "Normalize":
-            (TOKEN_NORMALIZE if of_tokens else NORMALIZE).check(file, read_optional_json_object(file))
+            values = read_optional_json_object(file)
+            (TOKEN_NORMALIZE if of_tokens else NORMALIZE).check(file, values)
+            if of_tokens and "module_input_name" not in values:
+                raise CheckpointError(f"{file}: without module_input_name Sentence Transformers scales the vector of a "
+                                      "text, which this model has not; write 'token_embeddings' if the tokens' vectors "
+                                      "are to have unit length, or take the module out of modules.json")
             normalize = True
         elif module.kind == "Dense":
             dense.append(_dense(file, module.path, normalize_input=normalize, of_tokens=of_tokens))
@@ -207,45 +198,53 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     own = transformer_folder(folder)
     hf = read_hf_config(base or own)
     dtype = hf.get("dtype") or hf.get("torch_dtype")
-    transformer = _Transformer(own, base, known=bool(modules))
+    file = folder / "config_sentence_transformers.json"
+    settings = read_optional_json_object(file) if modules else {}
+    CONFIG_SENTENCE_TRANSFORMERS.check(file, settings)
+    pylate = is_pylate(settings) and is_multi_vector(modules)
+    transformer = TransformerSettings(own, base, known=bool(modules),
+                                      defaults=pylate_defaults(file, settings) if pylate else {})
     common: dict[str, Any] = {"dtype": dtype if isinstance(dtype, str) else None, "adds_eos": transformer.adds_eos,
                               "max_length": transformer.max_length, "stated_length": transformer.stated_length,
-                              "truncation_side": transformer.truncation_side}
+                              "length_key": transformer.length_key, "truncation_side": transformer.truncation_side}
     if not modules:
         refuse_stanford(folder, hf)
         return SavedSettings(**common)
-    pooling, include_prompt = None, True
-    for module in modules:
-        if module.kind == "Pooling":
-            pooling, include_prompt = _pooling(folder / module.path / "config.json")
-        if module.kind in ("Pooling", "MultiVectorMask"):
-            transformer.check_embeds()
-        if module.kind == "SpladePooling":
-            _check_splade(folder / module.path / "config.json", transformer, modules[0])
+    pooling, pools_prompts = _check_modules(folder, modules, transformer)
     dense, normalize = _after_pooling(folder, modules)
-    file = folder / "config_sentence_transformers.json"
-    settings = read_optional_json_object(file)
-    CONFIG_SENTENCE_TRANSFORMERS.check(file, settings)
     named, default = named_prompts(file, settings, also_default=ROLES)
-    role_lengths = transformer.role_lengths
     vectors = vector_format(folder, modules, settings, query_expansion(transformer.file, transformer.values))
     refuse_other_kinds_keys(file, settings, several=vectors is not None)
     sparse = any(module.kind == "SpladePooling" for module in modules)
-    if is_pylate(settings):
+    if pylate:
         named, normalize = pylate_prompts(file, settings, named), True
-        role_lengths = role_lengths | pylate_lengths(file, settings)
     prompts = _by_role(file, named)
-    if not include_prompt and any([*prompts.values(), named.get(default or "")]):
+    if not pools_prompts and any([*prompts.values(), named.get(default or "")]):
         raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with "
                               "prompts; set it to true, or empty the prompts in config_sentence_transformers.json")
     return SavedSettings(
         pooling=pooling, dense=dense, normalize=normalize, prompts=prompts, named_prompts=named,
-        default_prompt_name=default, similarity=_similarity(file, settings, sparse=sparse), role_lengths=role_lengths,
-        lower_case=transformer.lower_case, chat=transformer.chat,
-        vectors=vectors, sparse=sparse, **common)
+        default_prompt_name=default, similarity=_similarity(file, settings, sparse=sparse),
+        role_lengths=transformer.role_lengths, lower_case=transformer.lower_case, chat=transformer.chat,
+        vectors=vectors, sparse=sparse, pools_prompts=pools_prompts, **common)
 
 
-def _check_splade(file: Path, transformer: "_Transformer", first: Module) -> None:
+def _check_modules(folder: Path, modules: Sequence[Module],
+                   transformer: TransformerSettings) -> tuple[Pooling | None, bool]:
+    """The pooling, if there is one, and whether it takes the prompt's tokens too. Raises CheckpointError if the
+    Transformer's settings do not go with the module behind it."""
+    pooling, pools_prompts = None, True
+    for module in modules:
+        if module.kind == "Pooling":
+            pooling, pools_prompts = _pooling(folder / module.path / "config.json")
+        if module.kind in ("Pooling", "MultiVectorMask"):
+            transformer.check_embeds()
+        if module.kind == "SpladePooling":
+            _check_splade(folder / module.path / "config.json", transformer, modules[0])
+    return pooling, pools_prompts
+
+
+def _check_splade(file: Path, transformer: TransformerSettings, first: Module) -> None:
     """Raises CheckpointError unless the settings of a SpladePooling in `file`, and what comes before it, are known."""
     SPLADE_POOLING.check(file, read_optional_json_object(file))
     transformer.check_gives_logits(by_default="MLMTransformer" in first.type)
@@ -297,98 +296,3 @@ def _by_role(file: Path, prompts: dict[str, str]) -> dict[str, str]:
 def _warn_of_unreached_prompt(file: Path, name: str) -> None:
     logger.warning("%s: prompts has %r but no 'document': documents get no prompt, as in Sentence Transformers' "
                    "encode_document; rename it to 'document' if they should", file, name)
-
-
-class _Transformer:
-    """Settings of the Transformer module: how a text becomes token vectors."""
-
-    max_length: int | None
-    stated_length: int | None
-    role_lengths: dict[str, int]
-    lower_case: bool
-    chat: ChatFormat | None
-    adds_eos: bool
-
-    def __init__(self, folder: Path, base: Path | None, *, known: bool) -> None:
-        """`known`: there is a modules.json; without one Sentence Transformers ignores its own settings files."""
-        files = transformer_settings_files(folder)
-        self.file = next((file for file in files if file.is_file()), files[0])
-        self.values = read_optional_json_object(self.file)
-        SENTENCE_BERT_CONFIG.check(self.file, self.values)
-        tokenizer_file = folder / "tokenizer_config.json"
-        if base is not None and not tokenizer_file.is_file():
-            tokenizer_file = base / "tokenizer_config.json"
-        tokenizer = read_optional_json_object(tokenizer_file)
-        TOKENIZER_CONFIG.check(tokenizer_file, tokenizer)
-        self.adds_eos = tokenizer.get("add_eos_token") is True
-        loading = self._part("processor_kwargs", "tokenizer_args")
-        calling = self._part("processing_kwargs")
-        text = calling.get("text") or {}
-        whole = self._length(text, "processing_kwargs.text.max_length", "max_length")
-        self.stated_length = (whole or self._length(loading, "processor_kwargs.model_max_length", "model_max_length")
-                              or self._length(self.values, "max_seq_length", "max_seq_length"))
-        self.max_length = self.stated_length or token_limit(tokenizer.get("model_max_length"))
-        self.role_lengths = {}
-        for role in ROLES:
-            length = self._length(self.values, f"{role}_length", f"{role}_length")
-            if length is not None and whole is None:
-                self.role_lengths[role] = length
-        self.truncation_side: TruncationSide | None = (
-            loading.get("truncation_side") or tokenizer.get("truncation_side"))
-        self.lower_case = self.values.get("do_lower_case") is True
-        self.chat = self._chat(calling.get("chat_template") or {}) if known else None
-
-    def check_embeds(self) -> None:
-        """Raises CheckpointError if the module gives logits, which cannot be pooled."""
-        for key, expected in (("transformer_task", "feature-extraction"), ("module_output_name", "token_embeddings")):
-            value = self.values.get(key)
-            if value not in (None, expected):
-                raise CheckpointError(f"{self.file}: {key} = {value!r}: must be {expected!r} in an embedding model; "
-                                      "correct it")
-
-    def check_gives_logits(self, *, by_default: bool) -> None:
-        """Raises CheckpointError unless the module gives logits of the vocabulary; `by_default`: without a key."""
-        task = self.values.get("transformer_task", "fill-mask" if by_default else "feature-extraction")
-        output = self.values.get("module_output_name")
-        if task not in ("fill-mask", "text-generation") or output not in (None, "token_embeddings") or (
-                task == "text-generation" and output is None):
-            raise CheckpointError(f"{self.file}: transformer_task = {task!r}, module_output_name = {output!r}: must be "
-                                  "'fill-mask' or 'text-generation', and 'token_embeddings', before SpladePooling; "
-                                  "correct them")
-        kept = (self._part("processing_kwargs").get("text") or {}).get("logits_to_keep", 1)
-        if task == "text-generation" and kept != 0:
-            raise CheckpointError(f"{self.file}: processing_kwargs.text.logits_to_keep = {kept!r}: Sentence "
-                                  "Transformers then gives the last token's logits alone; write 0")
-        if self.chat is not None:
-            raise CheckpointError(f"{self.file}: modality_config with messages is not supported in a sparse model; "
-                                  "remove it")
-
-    def _chat(self, variables: object) -> ChatFormat | None:
-        kinds = self.values.get("modality_config") or {"text": {}}
-        if "message" in kinds:
-            if not isinstance(variables, dict):
-                raise CheckpointError(f"{self.file}: processing_kwargs.chat_template = {shown_value(variables)} must "
-                                      "be a JSON object; correct it")
-            for key in ("padding", "truncation", "max_length", "return_tensors", "restore_suffix", "tokenize"):
-                if key in variables:
-                    raise CheckpointError(f"{self.file}: processing_kwargs.chat_template.{key} = "
-                                          f"{shown_value(variables[key])} is not supported: it changes how a text is "
-                                          "cut; remove it")
-            return ChatFormat(content=(kinds["message"] or {}).get("format", "auto"), variables=variables)
-        if "text" not in kinds:
-            raise CheckpointError(f"{self.file}: modality_config = {shown_value(kinds)}: the model takes no texts; "
-                                  "give one that does")
-        return None
-
-    def _part(self, *names: str) -> dict[str, Any]:
-        """The value of the first of these keys that is present."""
-        return next((self.values[name] for name in names if self.values.get(name) is not None), {})
-
-    def _length(self, values: dict[str, Any], name: str, key: str) -> int | None:
-        length = values.get(key)
-        if length is None:
-            return None
-        if not isinstance(length, int | float) or isinstance(length, bool) or length < 1 or length != int(length):
-            raise CheckpointError(f"{self.file}: {name} = {shown_value(length)} must be a whole number of tokens above "
-                                  "0; correct it")
-        return int(length) if length < _NO_LIMIT else None

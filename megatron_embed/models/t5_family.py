@@ -4,6 +4,10 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.hf_config import ACTIVATIONS, HFConfig, shown
 from megatron_embed.models.model_shape import ModelShape, RelativePositions
 
+_OTHER_NAMES = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
+                "head_dim": "d_kv"}
+"""Transformers' general name of a setting -> T5's own."""
+
 
 def t5(config: HFConfig) -> ModelShape:
     """The encoder of T5 and T5 1.1 (Raffel et al. 2020, arXiv:1910.10683)."""
@@ -14,6 +18,12 @@ def t5(config: HFConfig) -> ModelShape:
                               f"{', '.join(ACTIVATIONS)}, and the same after gated-")
     # In Transformers gated-gelu stands for the approximation by tanh.
     name = "gelu_new" if gate and activation == "gelu" else activation
+    # Transformers takes these in place of the keys that they follow from.
+    for key, followed, value in (("dense_act_fn", "feed_forward_proj", name),
+                                 ("is_gated_act", "feed_forward_proj", bool(gate)),
+                                 *((key, own, config[own]) for key, own in _OTHER_NAMES.items())):
+        config.refuse_unless(key, (None, value), f"by {followed} it is {shown(value)}; correct one of them")
+    config.refuse_unless("is_decoder", (None, False), "tokens of a decoder do not see those behind them")
     buckets = config.get("relative_attention_num_buckets", 32)
     distance = config.get("relative_attention_max_distance", 128)
     if buckets < 4 or buckets % 4 or distance <= buckets // 4:

@@ -120,8 +120,8 @@ REFUSED = {
         lambda path: saved(decoder(path), message="flat"), ("modality message", "no chat template")),
     "other modules": (
         lambda path: (saved(encoder(path)) / "modules.json").write_text(json.dumps(
-            [{"type": "sentence_transformers.base.modules.transformer.Transformer", "path": ""},
-             {"type": "mine.Dense", "path": "2"}])), ("modules.json", "Dense")),
+            [{"name": "0", "type": "sentence_transformers.base.modules.transformer.Transformer", "path": ""},
+             {"name": "1", "type": "mine.Dense", "path": "2"}])), ("modules.json", "Dense")),
     "one answer alone": (
         lambda path: saved(decoder(path, "Qwen3ForCausalLM"), answers=(5, None)), ("false_token_id = None",)),
     "answer outside the folder": (

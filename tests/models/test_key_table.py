@@ -10,6 +10,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.key_table import FileTable, harmless, honoured, nested, refused, shown_value
 from megatron_embed.models.known_keys import (
     ADAPTER_CONFIG,
+    CONFIG,
     CONFIG_SENTENCE_TRANSFORMERS,
     MODULES,
     NORMALIZE,
@@ -53,7 +54,7 @@ def test_refuses(values, message):
 
 def test_an_open_table_passes_other_keys():
     dataclasses.replace(TABLE, closed=False).check(FILE, {"new": 1, "side": "left"})
-    assert [table for table in TABLES if not table.closed] == [TOKENIZER_CONFIG, RERANKER_CONFIG]
+    assert [table for table in TABLES if not table.closed] == [TOKENIZER_CONFIG, CONFIG, RERANKER_CONFIG]
 
 
 def test_a_long_value_is_cut():
