@@ -13,6 +13,7 @@ from megatron_embed.checkpoint import log_files
 from megatron_embed.checkpoint.log_files import LogWriter, cut_after, lines_of_log, log_exists, move_aside, older_files
 from megatron_embed.config.schema import LoggingConfig
 from megatron_embed.errors import ConfigError
+from tests.helpers.audit_records import start_record, step_record
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.runs import configuration, go_back, train
@@ -156,13 +157,13 @@ def test_every_reader_reads_all_files(tmp_path):
     from megatron_embed.audit.run_log import read_run as read_audit
     from megatron_embed.config.load import config_of_values
     from megatron_embed.export.model_card import evaluation_after
-    from megatron_embed.run.diagnosis import read_run
+    from megatron_embed.run.logged_run import read_run
 
-    records = [{"step": 0, "start": {}}, *({"step": step, "metrics": {"loss": 1.0}} for step in range(1, 9))]
+    records = [start_record(), *map(step_record, range(1, 9))]
     rows = [{"step": step, "loss": 1.0, "learning_rate": 0.1} for step in range(1, 9)]
     rows.insert(1, {"step": 1, "eval/map": 0.5})
     for name, lines in (("audit.jsonl", records), ("metrics.jsonl", rows)):
-        writer = LogWriter(tmp_path / name, first_step=0, max_mib=SMALL)
+        writer = LogWriter(tmp_path / name, first_step=0, max_mib=3 * len(json.dumps(lines[-1])) / 2**20)
         for line in lines:
             writer.append(line)
         writer.close()

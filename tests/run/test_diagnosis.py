@@ -9,7 +9,8 @@ import yaml
 from megatron_embed.__main__ import main
 from megatron_embed.config.load import config_of_values, save_resolved
 from megatron_embed.errors import ConfigError
-from megatron_embed.run.diagnosis import AT_ONCE, GUESSING, RULES, RunLog, mistakes, read_run
+from megatron_embed.run.diagnosis import AT_ONCE, GUESSING, RULES, mistakes
+from megatron_embed.run.logged_run import RunLog, read_run
 
 EXAMPLES = Path(__file__).parent / "examples"
 CAUSES = {
