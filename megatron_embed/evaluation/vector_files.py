@@ -137,7 +137,7 @@ class VectorFile:
     def gather(self, rows: NDArray[np.int64]) -> Tensor:
         """[len(rows), full width] float32 of these rows, in any order. Raises DataError as `rows`."""
         shards = np.searchsorted(np.asarray(self._ends), rows, side="right")
-        block = np.empty((len(rows), self.full_width), dtype=np.float32)
+        block = np.empty((len(rows), self._arrays[0].shape[1]), dtype=np.float32)
         for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
             here = here[np.argsort(rows[here])]  # the disk is read in its order
