@@ -169,15 +169,18 @@ def test_every_command_says_how_many_ranks_it_has():
     assert sorted(kinds) == sorted(command_line.COMMANDS)
 
 
-@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
-def test_only_rank_0_prints_and_every_rank_ends_with_2(doctor_that, monkeypatch, capsys, tmp_path, variable):
+@pytest.mark.parametrize("names, others", [
+    (["RANK"], {"WORLD_SIZE": "2"}), (["SLURM_PROCID", "SLURM_LOCALID"], {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"})])
+def test_only_rank_0_prints_and_every_rank_ends_with_2(doctor_that, monkeypatch, capsys, tmp_path, names, others):
     doctor_that(raising(DataError("a.jsonl:3: no\nquery; add one")))
-    monkeypatch.setenv(status.STATUS_FILE_VARIABLE, str(tmp_path / "status"))
-    monkeypatch.setenv(variable, "1")
+    for name, value in {status.STATUS_FILE_VARIABLE: str(tmp_path / "status"), **dict.fromkeys(names, "1"),
+                        **others}.items():
+        monkeypatch.setenv(name, value)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "status").exists()
-    monkeypatch.setenv(variable, "0")
+    for name in names:
+        monkeypatch.setenv(name, "0")
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == "megatron-embed: error: a.jsonl:3: no query; add one\n"
     assert json.loads((tmp_path / "status").read_text()) == {"exit_code": 2, "message": "a.jsonl:3: no query; add one"}

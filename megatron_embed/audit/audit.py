@@ -193,8 +193,8 @@ class _Work:
         known = describe_rows(self.replay.inputs.records, self.replay.inputs.order)
         if known != start["rows"]:
             return Difference(step=self.last, part="rows", values={
-                f"data.train {name}": (start["rows"][name], known[name]) for name in known
-                if start["rows"][name] != known[name]})
+                f"data.train {name}": (start["rows"].get(name), known[name]) for name in known
+                if start["rows"].get(name) != known[name]})
         checksum = self.replay.checksum()
         same_dtype = start["dtype"] == self.replay.inputs.config.model.dtype
         for noted in (record, self.log.starts.get(self.done)) if same_dtype else ():

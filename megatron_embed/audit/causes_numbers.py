@@ -301,10 +301,11 @@ def explain_noise(case: Case) -> list[Cause]:
     if case.difference.part != "vectors":
         return []
     batch = case.replay.batch(case.step)
-    names = [name for name in case.record["metrics"] if part_of(name) in ("vectors", "loss")
-             and name not in ("in_batch_accuracy", "accuracy", "learning_rate", "skipped")]
-    logged = torch.tensor([case.record["metrics"][name] for name in names], dtype=torch.float64)
     plain = case.replay.evaluated(case.step, batch)
+    names = [name for name, value in case.record["metrics"].items() if part_of(name) in ("vectors", "loss")
+             and name not in ("in_batch_accuracy", "accuracy", "learning_rate", "skipped")
+             and value is not None and name in plain]
+    logged = torch.tensor([case.record["metrics"][name] for name in names], dtype=torch.float64)
     expected = torch.tensor([plain[name] for name in names], dtype=torch.float64)
     found: list[tuple[float, float]] = []
     for share in _DROPOUTS[:3]:

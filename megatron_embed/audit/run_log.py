@@ -1,13 +1,13 @@
 """A run's directory as an audit reads it: audit.jsonl, the kept checkpoints, the configuration of each start."""
 
-import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_embed.audit.record_checks import checked_record
 from megatron_embed.checkpoint.files import step_directories
-from megatron_embed.checkpoint.log_files import lines_of_log, log_exists
+from megatron_embed.checkpoint.log_files import LARGEST_LOG, lines_of_log, log_exists, objects_of_log
+from megatron_embed.config.json_file import json_value
 from megatron_embed.config.load import load_config, read_resolved
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
@@ -31,8 +31,11 @@ class RunLog:
     """Rows of metrics.jsonl, by step."""
 
     def start_of(self, step: int) -> tuple[int, dict[str, Any]]:
-        """(steps done before, record) of the start in which a step was made."""
-        first = max(done for done in self.starts if done < step)
+        """(steps done before, record) of the start in which a step was made. Raises ConfigError if there is none."""
+        first = max((done for done in self.starts if done < step), default=None)
+        if first is None:
+            raise ConfigError(f"--step {step}: {self.directory / AUDIT_FILE}: no start of the run before this step; "
+                              "choose a step behind one", key="--step")
         return first, self.starts[first]["start"]
 
     def checkpoint_before(self, step: int) -> tuple[int, Path | None]:
@@ -57,9 +60,10 @@ def read_run(path: str, step: int) -> RunLog:
     log = RunLog(directory=directory, checkpoints=checkpoints or step_directories(_other_directory(run, "checkpoint")))
     _read_records(directory / AUDIT_FILE, log)
     _read_metrics(directory / METRICS_FILE, log)
-    if not log.starts or step not in log.steps:
+    if step not in log.steps:
         known = f"its log has the steps {min(log.steps)} to {max(log.steps)}" if log.steps else "its log has no step"
         raise ConfigError(f"--step {step}: {directory / AUDIT_FILE}: {known}; choose one of them", key="--step")
+    log.start_of(step)
     return log
 
 
@@ -99,27 +103,36 @@ def _other_directory(run: Path, section: str) -> Path:
     for file in known:
         if file.is_file():
             named = read_resolved(file).get(section, {}).get("directory")
-            return run if named is None else Path(named)
+            return Path(named) if isinstance(named, str) and named else run
     return run
 
 
 def _read_metrics(file: Path, log: RunLog) -> None:
     """The rows of a log of metrics that have a loss; those that cannot be read are left out."""
-    with contextlib.suppress(OSError):
-        for _, _, line in lines_of_log(file):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                if "loss" in row:
-                    log.metrics[int(row["step"])] = row
+    if not log_exists(file):
+        return
+    try:
+        for row in objects_of_log(file, LARGEST_LOG):
+            if "loss" in row and type(row.get("step")) is int:
+                log.metrics[row["step"]] = row
+    except OSError as error:
+        raise _unreadable(file, error) from error
 
 
 def _read_records(path: Path, log: RunLog) -> None:
-    for file, line_number, line in lines_of_log(path):
-        try:
-            record = json.loads(line)
+    try:
+        for file, line_number, line in lines_of_log(path, LARGEST_LOG):
+            try:
+                record = checked_record(json_value(line))
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return  # cut short by a kill, or being written
+                raise CheckpointError(f"{file}:{line_number}: not readable ({error}); the log is damaged") from error
             kind = log.starts if "start" in record else log.saves if "save" in record else log.steps
-            kind[int(record["step"])] = record
-        except (ValueError, KeyError, TypeError) as error:
-            if not line.endswith("\n"):
-                return  # cut short by a kill, or being written
-            raise CheckpointError(f"{file}:{line_number}: not readable ({error!r}); the log is damaged") from error
+            kind[record["step"]] = record
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror}); the log is damaged")

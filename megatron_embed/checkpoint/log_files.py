@@ -5,16 +5,23 @@ calls of the file system leaves a log that can be read and continued.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from megatron_embed.config.json_file import json_value, open_ordinary
 
 logger = logging.getLogger(__name__)
 
+LONGEST_LINE = 16 << 20
+"""Bytes of a line that is read; a save's names every tensor of the model."""
+LARGEST_LOG = 2 << 30
+"""Bytes of a log whose lines are kept in memory: two million steps and more."""
 _BLOCK = 1 << 16
 _NUMBER = "[0-9]" * 6
 
@@ -37,7 +44,7 @@ class LogWriter:
             cut_after(path, first_step)
         else:
             move_aside(path)
-        self._path, self._file = path, path.open("ab")
+        self._path, self._file = path, open_to_append(path)
         status = os.fstat(self._file.fileno())
         self._size, self._max_size = status.st_size, max_mib * 2**20 if stat.S_ISREG(status.st_mode) else 0
 
@@ -59,8 +66,15 @@ class LogWriter:
         older = older_files(self._path)
         next_number = int(older[-1].stem.rpartition(".")[2]) + 1 if older else 1
         self._path.rename(_numbered(self._path, f"{next_number:06d}"))
-        full, self._file, self._size = self._file, self._path.open("ab"), 0
+        full, self._file, self._size = self._file, open_to_append(self._path), 0
         full.close()
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """The file, made if it is not there. Raises OSError, also for a pipe that nobody reads, which would wait."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "ab")
 
 
 def older_files(path: Path) -> list[Path]:
@@ -73,27 +87,62 @@ def log_exists(path: Path) -> bool:
     return path.is_file() or bool(older_files(path))
 
 
-def lines_of_log(path: Path) -> Iterator[tuple[Path, int, str]]:
+def lines_of_log(path: Path, largest: int | None = None) -> Iterator[tuple[Path, int, bytes]]:
     """(file, number of the line in it, line with its end) of all lines of a log, oldest first. The run may go on.
 
-    Raises OSError if there is no such log, or it cannot be read.
+    Args:
+        largest: bytes of all files together; None: any number.
+    Raises:
+        OSError: there is no such log, or it cannot be read: it is not a regular file, or too large.
     """
+    total = 0
+    for part, file in _files_of_log(path):
+        for line_number, line in _numbered_lines(part, file):
+            total += len(line)
+            if largest is not None and total > largest:
+                raise OSError(errno.EFBIG, f"longer than {largest >> 20} MiB", str(part))
+            yield part, line_number, line
+
+
+def _files_of_log(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """(path, open file) of the files of a log, oldest first. Raises OSError if there is none, or one is not regular."""
     with contextlib.ExitStack() as stack:
         try:
             # Opened first: if the run renames it from now on, it is found by its new name, and is still the last.
-            newest = stack.enter_context(path.open(encoding="utf-8", errors="replace"))
+            newest = stack.enter_context(open_ordinary(path))
         except FileNotFoundError:
             newest = None
         older = older_files(path)
         if newest is None and not older:
-            raise FileNotFoundError(2, os.strerror(2), str(path))
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         for part in older:
-            with part.open(encoding="utf-8", errors="replace") as file:
+            with open_ordinary(part) as file:
                 if newest is not None and os.path.sameopenfile(file.fileno(), newest.fileno()):
                     break
-                yield from ((part, line_number, line) for line_number, line in enumerate(file, start=1))
+                yield part, file
         if newest is not None:
-            yield from ((path, line_number, line) for line_number, line in enumerate(newest, start=1))
+            yield path, newest
+
+
+def _numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of all lines of an open file. Raises OSError for one of more than LONGEST_LINE bytes."""
+    line_number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        line_number += 1
+        if len(line) > LONGEST_LINE:
+            raise OSError(errno.EFBIG, f"line {line_number} has more than {LONGEST_LINE >> 20} MiB", str(path))
+        yield line_number, line
+
+
+def objects_of_log(path: Path, largest: int | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a log's lines, as `lines_of_log`; other lines, such as one that a kill cut short, are left out."""
+    for _, _, line in lines_of_log(path, largest):
+        try:
+            value = json_value(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
 
 
 def move_aside(path: Path) -> None:
@@ -113,7 +162,7 @@ def cut_after(path: Path, step: int) -> None:
     """Drop the lines of a log after optimizer step `step`, which a resumed run writes again, and a last line that a
     kill cut short. Reads from the end, only what is dropped: a run of a million steps resumes at once."""
     _restore_newest(path)
-    while path.exists():
+    while path.is_file():
         end = path.stat().st_size
         for start, line in _lines_from_end(path):
             if line.endswith(b"\n") and _step_of(line) <= step:
@@ -141,20 +190,24 @@ def _restore_newest(path: Path) -> bool:
 def _step_of(line: bytes) -> float:
     """The step of a line; more than any for one that is none."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        record = json_value(line)
+    except ValueError:
         return float("inf")
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int | float) and step == step else float("inf")
 
 
 def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, line with its end) of every line, the last first."""
-    with path.open("rb") as file:
+    """(offset, line with its end) of every line, the last first. Raises OSError for one longer than LONGEST_LINE."""
+    with open_ordinary(path) as file:
         position, rest = file.seek(0, os.SEEK_END), b""
         while position:
             size = min(_BLOCK, position)
             position -= size
             file.seek(position)
             rest = file.read(size) + rest
+            if len(rest) > LONGEST_LINE + _BLOCK:
+                raise OSError(errno.EFBIG, f"a line of more than {LONGEST_LINE >> 20} MiB", str(path))
             lines = rest.splitlines(keepends=True)
             rest, offset = lines[0], position + len(rest)
             for line in reversed(lines[1:]):

@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
 def diagnose_run(args: argparse.Namespace) -> int:
     """Print the likely mistakes of a run; 0 if there is none, else 1."""
-    from megatron_embed.run.diagnosis import mistakes, read_run
+    from megatron_embed.run.diagnosis import mistakes
+    from megatron_embed.run.logged_run import read_run
 
     if args.config is not None or args.overrides:
         raise UserError("--run DIR: the run's own configuration is read; leave --config and settings out")

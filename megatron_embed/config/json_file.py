@@ -1,10 +1,11 @@
-"""Read JSON from untrusted files within bounds: bytes, brackets and depth."""
+"""Read JSON from untrusted files within bounds: bytes, brackets and depth; from ordinary files alone."""
 
+import errno
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_embed.errors import CheckpointError
 
@@ -20,6 +21,34 @@ MOST_BRACKETS = 1_000_000
 """Lists and objects of one text; each takes 64 bytes and more in memory, and two on the disk."""
 
 
+def open_ordinary(path: str | Path) -> BinaryIO:
+    """A file, opened for reading: opening or reading a pipe or a device might never end.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    # O_NONBLOCK: opening a FIFO without a writer must not wait.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: str | Path, largest: int = LARGEST_FILE) -> bytes:
+    """The content of a file.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file.
+        ValueError: it is longer than `largest` bytes.
+    """
+    with open_ordinary(path) as file:
+        raw = file.read(largest + 1)
+    if len(raw) > largest:
+        raise ValueError(f"longer than {largest >> 20} MiB, which no such file is")
+    return raw
+
+
 def read_json_file(path: str | Path, largest: int = LARGEST_FILE) -> Any:
     """The value that a JSON file holds.
 
@@ -27,14 +56,11 @@ def read_json_file(path: str | Path, largest: int = LARGEST_FILE) -> Any:
         OSError: it cannot be read, or is not a regular file.
         ValueError: not UTF-8, not JSON, longer than `largest` bytes, or nested too deeply; the message says which.
     """
-    # O_NONBLOCK: opening a FIFO without a writer must not wait.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a regular file")
-        raw = file.read(largest + 1)
-    if len(raw) > largest:
-        raise ValueError(f"longer than {largest >> 20} MiB, which no such file is")
+    return json_value(read_bytes(path, largest))
+
+
+def json_value(raw: bytes) -> Any:
+    """The value that a JSON text stands for. Raises ValueError: not UTF-8, not JSON, or nested too deeply."""
     refuse_many_brackets(raw)
     try:
         value = json.loads(raw.decode("utf-8"))
@@ -60,7 +86,7 @@ def read_optional_json_object(path: Path, largest: int = LARGEST_FILE) -> dict[s
     return read_json_object(path, largest) if path.is_file() else {}
 
 
-def refuse_many_brackets(raw: bytes) -> None:
+def refuse_many_brackets(raw: bytes | bytearray) -> None:
     """Raises ValueError if a JSON text would be many times larger in memory. Brackets in strings count too."""
     if raw.count(b"[") + raw.count(b"{") > MOST_BRACKETS:
         raise ValueError(f"more than {MOST_BRACKETS:,} brackets")

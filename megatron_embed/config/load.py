@@ -32,6 +32,8 @@ from megatron_embed.errors import ConfigError
 SHORTHAND: dict[Any, str] = {TrainFile: "path", EvaluationSet: "path"}
 """Key that a plain string in place of one of these mappings is the value of."""
 
+SECTIONS = tuple(name for name, kind in get_type_hints(RunConfig).items() if dataclasses.is_dataclass(kind))
+"""Keys of a configuration that hold mappings."""
 _LONGEST_VALUE = 100
 
 
@@ -135,9 +137,15 @@ def read_resolved(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{path}: cannot be read: not an ordinary file; take another checkpoint")
     values = _plain(read_file(str(path)))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections; the file is damaged, take another checkpoint")
+    for name in SECTIONS:
+        if not isinstance(values.get(name, {}), dict):
+            raise ConfigError(f"{path}: {name} = {values[name]!r:.80} must be a section of settings; the file is "
+                              "damaged, take another checkpoint")
     return values
 
 

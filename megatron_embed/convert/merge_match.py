@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.config.json_file import LARGEST_TOKENIZER, read_json_object
+from megatron_embed.config.json_file import LARGEST_TOKENIZER, read_bytes, read_json_object
 from megatron_embed.convert.dense_tensors import DenseWeights
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
@@ -122,5 +122,5 @@ def _vocabulary(directory: Path) -> dict[str, Any]:
             merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
             values["tokenizer.json: model"] = {**model, "merges": merges}
         return values
-    return {name: (directory / name).read_bytes() for name in (*VOCABULARY_FILES, MERGES_FILE)
+    return {name: read_bytes(directory / name, LARGEST_TOKENIZER) for name in (*VOCABULARY_FILES, MERGES_FILE)
             if (directory / name).is_file()}

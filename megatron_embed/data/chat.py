@@ -1,8 +1,10 @@
 """A text put into the tokenizer's chat template, as Sentence Transformers does for a chat model."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_embed.data.template_limits import refuse_long, try_template
 from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.names import MessageFormat
 
@@ -26,7 +28,7 @@ class ChatTemplate:
         variables: for the template, beside the messages.
         tell_role: whether the template gets, as `task`, whether the text is a query or a document.
     Raises:
-        CheckpointError: the tokenizer has none, or it does not take such messages.
+        CheckpointError: the tokenizer has none, or one that takes too much time or memory.
     """
 
     def __init__(self, tokenizer: Any, model_dir: str, *, content: MessageFormat,
@@ -42,20 +44,27 @@ class ChatTemplate:
             content = "structured" if takes_structured_content(template) else "flat"
         self._structured = content == "structured"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
+        # Every message that it is given is a user's text, with a prompt before it or without.
+        try_template([functools.partial(self._rendered, prompt, role=role) for prompt in ("", "0")
+                      for role in (("query", "document") if self._tell_role else ("",))], model_dir)
 
     def fill(self, prompt: str, text: str, role: str) -> str:
         """The template with the text in it. Raises CheckpointError if the template does not take these messages."""
-        messages = [{"role": "system", "content": self._content(prompt)}] if prompt else []
-        messages.append({"role": "user", "content": self._content(text)})
-        variables = {**({"task": role} if self._tell_role else {}), **self._variables}
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **variables))
+            rendered = self._rendered(prompt, text, role=role)
         except Exception as error:  # a template may raise anything
             what = "a message of the system, which the prompt is, and one of the user" if prompt else "a user's message"
             raise CheckpointError(f"{self._model_dir}: its chat template does not take {what} "
                                   f"({first_line(error)}); correct chat_template.jinja, or remove the modality "
                                   "message from sentence_bert_config.json if the model was trained without it"
                                   )  from error
+        return refuse_long(rendered, len(prompt) + len(text), self._model_dir)
+
+    def _rendered(self, prompt: str, text: str, *, role: str) -> str:
+        messages = [{"role": "system", "content": self._content(prompt)}] if prompt else []
+        messages.append({"role": "user", "content": self._content(text)})
+        variables = {**({"task": role} if self._tell_role else {}), **self._variables}
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **variables))
 
     def suffix(self, prompt: str, role: str) -> list[int]:
         """Tokens that the template puts behind every text; empty if it puts none, or forgets the text."""

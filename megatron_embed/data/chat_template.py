@@ -11,6 +11,7 @@ from typing import Any
 from megatron_embed.data.chat import takes_structured_content
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.pair_tokenizer import PLACES, Pair, PairTemplate
+from megatron_embed.data.template_limits import try_template
 from megatron_embed.errors import CheckpointError, ConfigError
 
 _MARKERS = {"instruction": "7f3aINSTRUCTION9c", "query": "7f3aQUERY9c", "document": "7f3aDOCUMENT9c"}
@@ -46,6 +47,7 @@ def pair_template_from_chat(tokenizer: Any, *, message_format: str, arguments: M
     structured = message_format == "structured" or (
         message_format == "auto" and takes_structured_content(tokenizer.chat_template))
     chat = _Chat(tokenizer, structured, arguments)
+    try_template([lambda text, system=system: chat.render(text, text, system) for system in (None, "0")], directory)
     try:
         plain = chat.render(_MARKERS["query"], _MARKERS["document"], None)
         varied = [chat.render(query, document, None) for query, document in _PROBES[:3]]

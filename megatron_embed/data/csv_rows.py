@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from megatron_embed.config.json_file import json_value
 from megatron_embed.data.indexed_rows import IndexedRows
 from megatron_embed.data.jsonl import LONGEST_LINE, numbered_lines, open_file, shortened
 from megatron_embed.data.row_fields import Row
@@ -128,7 +128,7 @@ def _typed(name: str, text: str) -> object:
         return float(text)
     if name in _LISTS and text.lstrip().startswith("["):
         try:
-            value = json.loads(text)
+            value = json_value(text.encode("utf-8", "surrogatepass"))
         except ValueError:
             return text
         return value if isinstance(value, list) else text

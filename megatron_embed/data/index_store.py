@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from megatron_embed.config.json_file import LARGEST_TOKENIZER, read_json_file
 from megatron_embed.data.index_parts import Part, PartInfo
 from megatron_embed.data.row_index import IndexedUnit, RowIndex, Store
 from megatron_embed.errors import ConfigError, DataError
@@ -109,9 +110,9 @@ def _hash(value: Any) -> str:
 def read_index(folder: Path) -> RowIndex | None:
     """The finished index that the folder holds; None if there is none, or a part is missing."""
     try:
-        values = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        values = read_json_file(folder / _SUMMARY, LARGEST_TOKENIZER)
         units = [IndexedUnit.from_json(unit) for unit in values]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     if not all(_is_whole(folder, number, unit) for number, unit in enumerate(units)):
         return None
@@ -220,8 +221,8 @@ class IndexWriter:
             if f"{number:06d}.refused" in names:
                 self._refused.add(number)
             if f"{number:06d}.json" in names:
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                    unit = IndexedUnit.from_json(json.loads(_unit_file(self._folder, number).read_bytes()))
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                    unit = IndexedUnit.from_json(read_json_file(_unit_file(self._folder, number), LARGEST_TOKENIZER))
                     if _is_whole(self._folder, number, unit):
                         self._done[number] = unit
 

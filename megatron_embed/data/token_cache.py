@@ -16,6 +16,7 @@ import tokenizers
 import transformers
 from numpy.typing import NDArray
 
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import ConfigError
 from megatron_embed.names import Role
 
@@ -23,6 +24,8 @@ VERSION = 1
 """Raise it when the files change."""
 _SUMMARY, _TOKENS, _TEXTS, _SORTED = "cache.json", "tokens.bin", "texts.bin", ".sorted.bin"
 _TEXTS_AT_ONCE = 1 << 20
+_DTYPES = ("<u2", "<u4")
+"""Of token ids, as the vocabulary's size needs."""
 _TEXT = np.dtype([("key", "<u8"), ("check", "<u8"), ("start", "<u8"), ("length", "<u4"), ("truncated", "<u4")])
 """One text: its hash, where its tokens begin and how many they are, and 1 if it was truncated."""
 _KNOWN_TEXTS = 1 << 21
@@ -80,21 +83,23 @@ class TokenCache:
         key, folder = f"data.token_cache = {directory!r}", Path(directory)
         remedy = "write it with `megatron-embed data tokenize CONFIG`, or remove the key"
         try:
-            summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-            made_with = summary["settings"]
+            summary = read_json_file(folder / _SUMMARY)
+            made_with, tokens, count = dict(summary["settings"]), summary["tokens"], summary["texts"]
+            if summary["dtype"] not in _DTYPES or not type(tokens) is type(count) is int:
+                raise ValueError(f"{_SUMMARY}: dtype, tokens or texts")
             dtype = np.dtype(summary["dtype"])
-            sizes = {_TOKENS: summary["tokens"] * dtype.itemsize, _TEXTS: summary["texts"] * _TEXT.itemsize}
+            sizes = {_TOKENS: tokens * dtype.itemsize, _TEXTS: count * _TEXT.itemsize}
             whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{key}: no token cache can be read there ({error}); {remedy}",
                               key="data.token_cache") from error
-        if not whole or summary["version"] != VERSION:
+        if not whole or summary.get("version") != VERSION:
             raise ConfigError(f"{key}: is damaged, or of another version; {remedy}", key="data.token_cache")
         for name, value in json.loads(json.dumps(settings)).items():
             if made_with.get(name) != value:
                 raise ConfigError(f"{key}: was made with another {name} ({_shown(made_with.get(name))}) than the run's "
                                   f"({_shown(value)}); {remedy}", key="data.token_cache")
-        self._tokens = _mapped(folder / _TOKENS, dtype)
+        self._key, self._tokens = key, _mapped(folder / _TOKENS, dtype)
         self._texts = _mapped(folder / _TEXTS, _TEXT)
         self._keys = self._texts["key"]
 
@@ -112,6 +117,9 @@ class TokenCache:
                 found.append(None)
                 continue
             start, length, truncated = entry[2:]
+            if start + length > len(self._tokens):
+                raise ConfigError(f"{self._key}: is damaged; write it with `megatron-embed data tokenize CONFIG`",
+                                  key="data.token_cache")
             found.append(TokenizedText(self._tokens[start:start + length].tolist(), bool(truncated)))
         return found
 
@@ -129,7 +137,7 @@ class TokenCacheWriter:
     def __init__(self, directory: str, settings: Mapping[str, Any], largest: int) -> None:
         self._final = Path(os.path.abspath(directory))
         self._settings = settings
-        self._dtype = np.dtype("<u2" if largest < 1 << 16 else "<u4")
+        self._dtype = np.dtype(_DTYPES[0] if largest < 1 << 16 else _DTYPES[1])
         self._unfinished = self._final.with_name(f".{self._final.name}.unfinished")
         self._known: set[bytes] = set()
         self._count = self.num_tokens = 0

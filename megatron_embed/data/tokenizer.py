@@ -14,6 +14,7 @@ from megatron_embed.config.json_file import read_optional_json_object
 from megatron_embed.config.vector_format import VectorFormat
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.normalizer_growth import refuse_growth_in_file, refuse_growth_of
 from megatron_embed.data.token_cache import Prompted, TokenCache, TokenizedText, tokenizer_digest
 from megatron_embed.data.token_vectors import TokenVectors, keep_prompts_whole
 from megatron_embed.data.tokenized import TokenizedRows
@@ -63,9 +64,13 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
         raise CheckpointError(f"{model_dir}: no tokenizer files; copy tokenizer.json and tokenizer_config.json of the "
                               "model into it")
     refuse_large_files(directory)
+    refuse_growth_in_file(directory)
     try:
         tokenizer = open_tokenizer(directory)
+        refuse_growth_of(tokenizer, model_dir)
         tokenizer(["a b"], verbose=False)  # some wrong values are only read here, such as a list for model_max_length
+    except CheckpointError:
+        raise
     except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
         raise loading_error(directory, error) from error
     if vocab_size is not None:

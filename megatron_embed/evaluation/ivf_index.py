@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_embed.config.json_file import open_ordinary, read_json_file
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.evaluation.vector_files import ROWS_AT_ONCE, VectorFile, load_faiss, say_progress
 from megatron_embed.platform.atomic_file import write_atomic
@@ -85,8 +86,8 @@ class IvfIndex:
             if (error := error or self._kept(lambda part=part: self._build(part))) is None and rank == 0:
                 say_progress(done, len(missing), started, f"{self._folder}: parts of {PART_ROWS:,} vectors")
         agree(error)
-        flags = self._faiss.IO_FLAG_MMAP | self._faiss.IO_FLAG_READ_ONLY
-        self._indexes = [self._faiss.read_index(str(self._file(part)), flags) for part in self._parts]
+        self._indexes: list[Any] = []
+        agree(self._kept(self._open))
 
     def search(self, queries: Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores [queries, k] and rows of about the k largest dot products, best first; -1 in places that stay empty.
@@ -99,9 +100,32 @@ class IvfIndex:
         for index in self._indexes:
             new_scores, new_rows = index.search(queries.float().cpu().numpy(), k, params=parameters)
             scores, rows = np.concatenate([scores, new_scores], axis=1), np.concatenate([rows, new_rows], axis=1)
+            if len(rows) and not -1 <= rows.min() <= rows.max() < len(self._vectors):
+                raise ConfigError(f"{self._folder}: damaged: it names vectors that are not there; remove it, and it is "
+                                  "built again")
             best = np.lexsort((-rows, -np.where(rows < 0, -np.inf, scores)), axis=1)[:, :k]
             scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
         return scores, rows
+
+    def _open(self) -> None:
+        flags = self._faiss.IO_FLAG_MMAP | self._faiss.IO_FLAG_READ_ONLY
+        for part in self._parts:
+            rows = min(PART_ROWS, len(self._vectors) - part * PART_ROWS)
+            self._indexes.append(self._read(self._file(part), rows, flags))
+
+    def _read(self, file: Path, rows: int, flags: int = 0) -> Any:
+        """The lists in a file. Raises ConfigError if they are not such lists of so many vectors."""
+        try:
+            open_ordinary(file).close()  # FAISS would wait for what a pipe gives
+            index = self._faiss.read_index(str(file), flags)
+        except (OSError, RuntimeError):
+            index = None
+        if not isinstance(index, self._faiss.IndexIVFScalarQuantizer) or (
+                index.ntotal, index.d, index.nlist, index.metric_type, index.quantizer.ntotal) != (
+                    rows, self._vectors.width, self.lists, self._faiss.METRIC_INNER_PRODUCT, self.lists):
+            raise ConfigError(f"{file}: is not the index of {self._vectors.path}; remove {self._folder}, which is "
+                              "built again")
+        return index
 
     def _file(self, part: int) -> Path:
         return self._folder / f"{part:06d}.faiss"
@@ -122,7 +146,7 @@ class IvfIndex:
         source = {"vectors": self._vectors.stamps(), "width": self._vectors.width, "lists": self.lists,
                   "similarity": self._vectors.similarity, "part_rows": PART_ROWS}
         try:
-            if json.loads((self._folder / _SOURCE).read_text(encoding="utf-8")) == json.loads(json.dumps(source)):
+            if read_json_file(self._folder / _SOURCE) == json.loads(json.dumps(source)):
                 return
             logger.info("%s: built from other vectors or settings; it is built again", self._folder)
         except (OSError, ValueError):
@@ -146,7 +170,7 @@ class IvfIndex:
             raise error
 
     def _build(self, part: int) -> None:
-        index = self._faiss.read_index(str(self._folder / _CENTROIDS))
+        index = self._read(self._folder / _CENTROIDS, 0)
         end = min(len(self._vectors), (part + 1) * PART_ROWS)
         for start in range(part * PART_ROWS, end, ROWS_AT_ONCE):
             rows = np.arange(start, min(start + ROWS_AT_ONCE, end), dtype=np.int64)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_embed.config.json_file import read_optional_json_object
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, DataError
 from megatron_embed.names import RANGES_FILE, SearchPrecision, VectorDtype
 
 CALIBRATION_VECTORS = 4096
@@ -38,17 +38,30 @@ def as_dtype(vectors: Tensor, dtype: VectorDtype, ranges: NDArray[np.float32] | 
         ranges: [2, width], of int8 and uint8.
     Returns:
         [rows, width], or of binary and ubinary [rows, ceil(width / 8)], the first component in the highest bit.
+    Raises:
+        DataError: a component is larger than the type, or the range of a component than float32, can hold.
     """
     values = vectors.numpy()
     if dtype in ("binary", "ubinary"):
         packed = np.packbits(values > 0, axis=-1)
         return packed if dtype == "ubinary" else (packed ^ np.uint8(128)).view(np.int8)
     if not needs_ranges(dtype):
-        return values.astype(dtype)
+        with np.errstate(over="ignore"):
+            numbers = values.astype(dtype)
+        _refuse_overflow(values, numbers, f"--output-dtype {dtype}: a component", "encode the texts as float32")
+        return numbers
     assert ranges is not None
-    steps = (ranges[1] - ranges[0]) / 255
+    with np.errstate(over="ignore"):
+        steps = (ranges[1] - ranges[0]) / 255
+    _refuse_overflow(ranges, steps, f"--output-dtype {dtype}: the range of a component", "encode the texts as float32")
     codes = np.clip(np.floor((values - ranges[0]) / np.where(steps == 0, 1, steps)), 0, 255)
     return codes.astype(np.uint8) if dtype == "uint8" else (codes - 128).astype(np.int8)
+
+
+def _refuse_overflow(values: NDArray[Any], numbers: NDArray[Any], what: str, remedy: str) -> None:
+    """Raises DataError if numbers that were made of finite values are not."""
+    if not np.isfinite(numbers).all():
+        raise DataError(f"{what} is too large for it (the largest has a size of {np.abs(values).max():.3g}); {remedy}")
 
 
 def read_ranges(source: Path) -> Ranges:
@@ -63,7 +76,9 @@ def read_ranges(source: Path) -> Ranges:
         except (TypeError, ValueError, OverflowError):
             array = np.empty(0, dtype=np.float32)
         valid = array.ndim == 2 and len(array) == 2 and str(array.shape[1]) == width and np.isfinite(array).all()
-        if not valid or (array[0] > array[1]).any():
+        with np.errstate(over="ignore"):
+            valid = valid and np.isfinite(array[1] - array[0]).all() and (array[0] <= array[1]).all()
+        if not valid:
             raise CheckpointError(f"{file}: {width!r} must be [smallest, largest], two lists of {width} numbers; "
                                   "remove the file, or export the model again")
         ranges[array.shape[1]] = array

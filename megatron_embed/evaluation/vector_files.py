@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_embed.config.json_file import open_ordinary, read_json_file
 from megatron_embed.errors import ConfigError, DataError, UserError
 from megatron_embed.evaluation.search import for_similarity
 from megatron_embed.evaluation.stored_vectors import as_dtype
@@ -84,8 +85,9 @@ class VectorFile:
     def _mapped(self, file: str) -> NDArray[Any]:
         key = self._key
         try:
+            open_ordinary(file).close()
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, TypeError, OverflowError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npy file of numbers"
             raise ConfigError(f"{key} {file}: {reason}; name the file that `megatron-embed encode` wrote",
                               key=key) from None
@@ -103,7 +105,7 @@ class VectorFile:
                 raise ConfigError(f"{self._key} {file}: vectors of {array.shape[1]} components beside others of "
                                   f"{self._arrays[0].shape[1]}; a directory holds the vectors of one model",
                                   key=self._key)
-        rows = _rows_of_summary(Path(self.path) / SUMMARY)
+        rows = read_summary(self.path, self._key).get("rows")
         if rows not in (None, len(self)):
             raise ConfigError(f"{self._key} {self.path}: {len(self)} of {rows} vectors are there; run the same "
                               "`megatron-embed encode` again, which encodes the others", key=self._key)
@@ -135,7 +137,7 @@ class VectorFile:
     def gather(self, rows: NDArray[np.int64]) -> Tensor:
         """[len(rows), full width] float32 of these rows, in any order. Raises DataError as `rows`."""
         shards = np.searchsorted(np.asarray(self._ends), rows, side="right")
-        block = np.empty((len(rows), self.full_width), dtype=np.float32)
+        block = np.empty((len(rows), self._arrays[0].shape[1]), dtype=np.float32)
         for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
             here = here[np.argsort(rows[here])]  # the disk is read in its order
@@ -182,13 +184,31 @@ class VectorFile:
         return whole.hexdigest()
 
 
-def _rows_of_summary(summary: Path) -> int | None:
-    """Vectors that a directory of shards is to hold; None: nothing is said of that."""
+def read_summary(directory: str, key: str) -> dict[str, Any]:
+    """What a directory of shards says of its vectors; empty for a file, or a directory that says nothing.
+
+    Returns:
+        Values of which `rows`, if it is there, is a whole number, and `texts` the path, size and time of change of the
+        file of texts that were encoded.
+    Raises:
+        ConfigError: it is damaged.
+    """
+    file = Path(directory) / SUMMARY
     try:
-        values = json.loads(summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values.get("rows") if isinstance(values, dict) else None
+        values = read_json_file(file)
+        if not isinstance(values, dict):
+            raise ValueError("must be an object")
+        texts, rows = values.get("texts", ["", 0, 0]), values.get("rows", 0)
+        if type(rows) is not int:
+            raise ValueError(f"rows = {rows!r:.40} must be a whole number")
+        if not isinstance(texts, list) or list(map(type, texts)) != [str, int, int]:
+            raise ValueError("texts must be the path, size and time of change of a file")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key} {directory}: {SUMMARY} cannot be read ({error}); encode the texts again, or remove "
+                          "it if all vectors are there", key=key) from None
+    return values
 
 
 class ShardWriter:
@@ -221,7 +241,7 @@ class ShardWriter:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             if summary.is_file():
-                self._require_equal(json.loads(summary.read_text(encoding="utf-8")), described)
+                self._require_equal(read_summary(directory, "--output"), described)
             elif any(self._directory.iterdir()):
                 raise ConfigError(f"--output {directory}: holds files that are no vectors; name another directory",
                                   key="--output")
@@ -257,7 +277,10 @@ class ShardWriter:
 
     def write(self, shard: int, vectors: Tensor) -> UserError | None:
         """Write a shard, complete or not at all; the error if it cannot be written."""
-        array = as_dtype(vectors, self._dtype, self._ranges)
+        try:
+            array = as_dtype(vectors, self._dtype, self._ranges)
+        except UserError as error:
+            return error
         return write_atomic("--output", str(self.path(shard)), lambda file: np.save(file, array), binary=True)
 
 

@@ -1,6 +1,7 @@
 """Search over a file of vectors with FAISS: exact (flat), or approximate by a graph (HNSW, arXiv:1603.09320)."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_embed.config.json_file import open_ordinary, read_json_file
 from megatron_embed.evaluation.ivf_index import IvfIndex
 from megatron_embed.evaluation.search import StreamedSearch
 from megatron_embed.evaluation.vector_files import VectorFile, load_faiss
@@ -48,7 +50,7 @@ def hnsw_index(vectors: VectorFile, settings: HnswSettings) -> Any:
     source = {"vectors": vectors.digest(), "rows": len(vectors), "width": vectors.width,
               "similarity": vectors.similarity, **asdict(settings)}
     del source["ef_search"]
-    index = _read_index(path, source)
+    index = _read_index(path, source, vectors)
     if index is None:
         logger.info("%s: adding %d vectors to a graph", path, len(vectors))
         faiss = load_faiss()
@@ -61,20 +63,55 @@ def hnsw_index(vectors: VectorFile, settings: HnswSettings) -> Any:
     return index
 
 
-def _read_index(path: str, source: dict[str, Any]) -> Any | None:
+def _read_index(path: str, source: dict[str, Any], vectors: VectorFile) -> Any | None:
     """The index that was built from this source, if there is one that is complete."""
     try:
-        with open(f"{path}.json", encoding="utf-8") as file:
-            written = json.load(file)
-        if written != {**source, "bytes": os.path.getsize(path)}:
+        if read_json_file(f"{path}.json") != {**source, "digest": _digest(path)}:
             logger.info("%s: built from other vectors or settings; it is built again", path)
             return None
-        return load_faiss().read_index(path)
+        index = load_faiss().read_index(path)
+        if not _is_graph_of(index, vectors, source["links"]):
+            raise ValueError
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RuntimeError):
         logger.warning("%s: cannot be read; it is built again", path)
         return None
+    return index
+
+
+def _digest(path: str) -> str:
+    """Hash of an index's file."""
+    with open_ordinary(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _is_graph_of(index: Any, vectors: VectorFile, links: int) -> bool:
+    """Whether an index that was read is a graph of these vectors in their order, whose links lead to none but them."""
+    faiss = load_faiss()
+    if type(index).__name__ != "IndexHNSWFlat" or (index.ntotal, index.d, index.metric_type) != (
+            len(vectors), vectors.width, faiss.METRIC_INNER_PRODUCT):
+        return False
+    storage, graph = faiss.downcast_index(index.storage), index.hnsw
+    if not isinstance(storage, faiss.IndexFlat) or (storage.ntotal, storage.d, graph.nb_neighbors(0)) != (
+            len(vectors), vectors.width, 2 * links):
+        return False
+    levels, offsets = faiss.vector_to_array(graph.levels), faiss.vector_to_array(graph.offsets)
+    neighbors, sizes = faiss.vector_to_array(graph.neighbors), faiss.vector_to_array(graph.cum_nneighbor_per_level)
+    if len(levels) != len(vectors) or len(offsets) != len(vectors) + 1 or levels.min() < 1 or (
+            levels.max() >= len(sizes) or graph.max_level != levels.max() - 1):
+        return False
+    if not 0 <= graph.entry_point < len(vectors) or levels[graph.entry_point] != levels.max() or offsets[0] != 0 or (
+            offsets[-1] != len(neighbors) or bool((np.diff(offsets) != sizes[levels]).any())):
+        return False
+    if len(neighbors) and not (neighbors.min() >= -1 and neighbors.max() < len(vectors)):
+        return False
+    first = 0
+    for block in vectors.blocks():
+        if not np.array_equal(storage.reconstruct_n(first, len(block)), block.numpy()):
+            return False
+        first += len(block)
+    return True
 
 
 def _write_index(path: str, index: Any, source: dict[str, Any]) -> None:
@@ -85,8 +122,8 @@ def _write_index(path: str, index: Any, source: dict[str, Any]) -> None:
     error = write_atomic("--vectors", path, lambda file: faiss.write_index(index, faiss.PyCallbackIOWriter(file.write)),
                          binary=True)
     if error is None:
-        source = {**source, "bytes": os.path.getsize(path)}
-        error = write_atomic("--vectors", f"{path}.json", lambda file: json.dump(source, file))
+        described = {**source, "digest": _digest(path)}
+        error = write_atomic("--vectors", f"{path}.json", lambda file: json.dump(described, file))
     if error is None:
         logger.info("%s: built, and reused by the next search", path)
     else:

@@ -4,6 +4,7 @@ With such a map an index moves to a new model without embedding its documents ag
 which the orthogonal one has W alone (Procrustes, Schönemann 1966, doi:10.1007/BF02289451), and the affine one no h.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.config.json_file import open_ordinary, read_json_file
+from megatron_embed.errors import ConfigError, DataError, UserError, first_line
 from megatron_embed.evaluation.vector_files import VectorFile
-from megatron_embed.names import MapKind, Similarity
+from megatron_embed.names import MAP_KINDS, MapKind, Similarity
 from megatron_embed.platform.atomic_file import write_atomic
 
 TENSORS, SETTINGS = "vector_map.safetensors", "vector_map.json"
@@ -33,6 +35,8 @@ HELD_OUT = 0.1
 MOST_HELD_OUT = 5000
 RIDGES = tuple(10.0**power for power in range(-6, 2))
 """Tried in the affine map, in units of the mean variance of a component of the old vectors."""
+LARGEST_MAP = 2 << 30
+"""Bytes of a map's tensors that are read; one of 8,192 to 8,192 components has a sixth of them."""
 MOST_HIDDEN = 2048
 """Hidden units of the mlp, which has twice the old width unless that is more."""
 _EPOCHS, _PATIENCE, _BATCH = 60, 6, 256
@@ -79,17 +83,66 @@ class VectorMap:
     def read(cls, directory: str, key: str) -> "VectorMap":
         """A map that was written. Raises ConfigError, naming the option `key`."""
         try:
-            described = json.loads((Path(directory) / SETTINGS).read_text(encoding="utf-8"))
-            tensors = load((Path(directory) / TENSORS).read_bytes())
-            read = cls(kind=described["kind"], tensors=tensors, unit_length=bool(described["unit_length"]))
-            fits = (read.old_dim, read.new_dim) == (described["old_dim"], described["new_dim"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
-            raise ConfigError(f"{key} {directory}: no map of vectors ({str(error).splitlines()[0]}); name what "
+            described = read_json_file(Path(directory) / SETTINGS)
+            kind, sizes, unit_length = _described(described)
+            tensors = _read_tensors(Path(directory) / TENSORS, kind, *sizes)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"{key} {directory}: no map of vectors ({first_line(error)}); name what "
                               "`megatron-embed migrate` wrote", key=key) from None
-        if not fits:
-            raise ConfigError(f"{key} {directory}: {TENSORS} and {SETTINGS} do not belong together; fit the map again",
-                              key=key)
-        return read
+        return cls(kind=kind, tensors=tensors, unit_length=unit_length)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this map from others, as JSON takes it."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.contiguous().numpy().tobytes())
+        return {"kind": self.kind, "unit_length": self.unit_length, "digest": digest.hexdigest()}
+
+
+def _described(values: object) -> tuple[MapKind, tuple[int, int], bool]:
+    """(kind, (old dim, new dim), whether mapped vectors have unit length) of a map's SETTINGS. Raises ValueError."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{SETTINGS} must hold an object")
+    kind, unit_length = values.get("kind"), values.get("unit_length")
+    known = next((name for name in MAP_KINDS if name == kind), None)
+    if known is None:
+        raise ValueError(f"{SETTINGS}: kind = {kind!r:.40} must be one of {', '.join(MAP_KINDS)}")
+    if not isinstance(unit_length, bool):
+        raise ValueError(f"{SETTINGS}: unit_length = {unit_length!r:.40} must be true or false")
+    sizes = values.get("old_dim"), values.get("new_dim")
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"{SETTINGS}: old_dim and new_dim must be whole numbers above 0")
+    return known, (int(sizes[0]), int(sizes[1])), unit_length
+
+
+def _read_tensors(file: Path, kind: MapKind, old: int, new: int) -> dict[str, Tensor]:
+    """A map's tensors, of the shapes that its kind has. Raises OSError, ValueError or SafetensorError."""
+    with open_ordinary(file) as opened:  # a pipe would never end
+        if opened.seek(0, 2) > LARGEST_MAP:
+            raise ValueError(f"{TENSORS} is longer than {LARGEST_MAP >> 30} GiB")
+    with safe_open(str(file), "pt") as stored:
+        parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118  it is no mapping
+        shapes = {name: part.get_shape() for name, part in parts.items()}
+        hidden = (shapes.get("hidden_bias") or [0])[0]
+        expected = {"weight": [old, new]}
+        if kind != "orthogonal":
+            expected |= {"bias": [new]}
+        if kind == "mlp":
+            expected |= {"hidden_weight": [old, hidden], "hidden_bias": [hidden], "output_weight": [hidden, new]}
+        if shapes != expected:
+            raise ValueError(f"{TENSORS} has {_shown(shapes)}; a map of kind {kind} has {_shown(expected)}")
+        other = next((name for name, part in parts.items() if part.get_dtype() != "F32"), None)
+        if other is not None:
+            raise ValueError(f"{TENSORS}: {other} is {parts[other].get_dtype()}, not F32")
+        tensors = {name: stored.get_tensor(name) for name in parts}
+    bad = next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    if bad is not None:
+        raise ValueError(f"{TENSORS}: {bad} has numbers that are not finite")
+    return tensors
+
+
+def _shown(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))[:200]
 
 
 class MappedVectors(VectorFile):
@@ -110,11 +163,22 @@ class MappedVectors(VectorFile):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """[stop - start, new] float32."""
-        return self._map(super().rows(start, stop))
+        return self._mapped_rows(super().rows(start, stop), range(start, stop))
 
     def gather(self, rows: NDArray[np.int64]) -> Tensor:
         """[len(rows), new] float32 of these rows, in any order."""
-        return self._map(super().gather(rows))
+        return self._mapped_rows(super().gather(rows), rows)
+
+    def _mapped_rows(self, block: Tensor, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """The mapped vectors of these rows. Raises DataError for one that float32 cannot hold."""
+        mapped = self._map(block)
+        bad = ~torch.isfinite(mapped).all(dim=1)
+        if self._map.unit_length:  # the length of a vector overflows before its components
+            bad |= (mapped == 0).all(dim=1) & (block != 0).any(dim=1)
+        if bool(bad.any()):
+            raise DataError(f"{self.path}:{int(rows[int(bad.nonzero()[0])]) + 1}: the vector is too long to be mapped; "
+                            "name those that the map was fitted on, or fit it again")
+        return mapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +204,7 @@ class Pairs:
 
 def mean_cosine(mapped: Tensor, new: Tensor) -> float:
     """Mean cosine of rows."""
-    return float(functional.cosine_similarity(mapped, new, dim=1).mean())
+    return float(functional.cosine_similarity(mapped.double(), new.double(), dim=1).mean())
 
 
 def fit(kind: MapKind, pairs: Pairs, *, unit_length: bool) -> VectorMap:

@@ -1,13 +1,14 @@
 """README.md of an exported model: what it is, how it is used, how it was trained and how well it did."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_embed import __version__
-from megatron_embed.checkpoint.log_files import lines_of_log, log_exists
+from megatron_embed.checkpoint.log_files import log_exists, objects_of_log
 from megatron_embed.config.json_file import read_optional_json_object
 from megatron_embed.config.load import load_config
 from megatron_embed.config.schema import RunConfig
@@ -17,6 +18,8 @@ from megatron_embed.models.dense_settings import embedding_width
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
 from megatron_embed.names import RANGES_FILE, ExportFormat, ModelPooling
+
+logger = logging.getLogger(__name__)
 
 _EMBEDDING_USE = """```python
 from sentence_transformers import SentenceTransformer
@@ -268,12 +271,11 @@ def evaluation_after(config: RunConfig, step: int) -> dict[str, float]:
     if file is None or not log_exists(file):
         return {}
     metrics: dict[str, float] = {}
-    for _, _, line in lines_of_log(file):
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue  # cut short by a kill; the run wrote it again
-        if values.get("step") == step:
-            metrics |= {name.removeprefix("eval/"): value for name, value in values.items()
-                        if name.startswith("eval/") and value is not None}
+    try:
+        for values in objects_of_log(file):
+            if values.get("step") == step:
+                metrics |= {name.removeprefix("eval/"): value for name, value in values.items()
+                            if name.startswith("eval/") and isinstance(value, int | float)}
+    except OSError as error:
+        logger.warning("%s: cannot be read (%s); what its evaluations found is left out", file, error.strerror)
     return metrics

@@ -7,11 +7,10 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from megatron_embed.config.foreign_table import foreign_word, normalized
 from megatron_embed.config.foreign_word import ForeignWord
-from megatron_embed.config.json_file import read_json_file
+from megatron_embed.config.json_file import json_value, read_json_file
 from megatron_embed.config.load import load_config
 from megatron_embed.config.yaml_tree import Node, plain_scalar, read_file
 from megatron_embed.errors import ConfigError
@@ -98,7 +97,8 @@ def _from_file(path: str) -> ForeignSettings:
             raise ConfigError(f"--from = {path!r}: no mapping of settings; give a trainer's configuration")
         return _from_tree(tree, path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--from = {path!r}: cannot be read: {error}; give a YAML file or a shell script") from None
     if len(text) > _LARGEST:
@@ -201,7 +201,7 @@ def _value(text: str) -> object:
 def _json_in(text: str) -> object:
     """The object or list that a text is as JSON; otherwise the text."""
     try:
-        return json.loads(text) if text.startswith(("{", "[")) else text
+        return json_value(text.encode()) if text.startswith(("{", "[")) else text
     except ValueError:
         return text
 

@@ -230,8 +230,14 @@ def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) ->
         by_role: a training checkpoint knows a length for each role; else the longer one holds for all texts.
     Raises:
         ConfigError: `wanted` is longer than the model's positions.
+        CheckpointError: the model expands its queries beyond them.
     """
     limit = model.shape.longest_text
+    expansion = None if model.saved.vectors is None else model.saved.vectors.expansion
+    if expansion is not None and expansion.length > limit:
+        raise CheckpointError(f"{model.root}: its queries are expanded to {expansion.length:,} tokens (length of "
+                              f"query_expansion, or PyLate's query_length), and the model has {limit:,} positions; "
+                              "correct it")
     if wanted is not None and wanted > limit:
         raise ConfigError(f"--max-length {wanted} is longer than the model's {limit} positions; lower it to that or "
                           "less")

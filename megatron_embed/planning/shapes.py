@@ -1,11 +1,11 @@
 """Shapes of models by hub name, so that planning needs neither hub nor weights."""
 
 import functools
-import json
 import os
 from pathlib import Path
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape, model_shape
@@ -72,8 +72,8 @@ def has_adapters(path: str) -> bool:
     if checkpoint is None:
         return (Path(path).expanduser() / ADAPTER_FILE).is_file()
     try:
-        return bool(json.loads((checkpoint / INFO_FILE).read_text(encoding="utf-8")).get("lora"))
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return bool(read_json_file(checkpoint / INFO_FILE).get("lora"))
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -81,8 +81,8 @@ def base_model(folder: Path) -> str:
     """The base model that a PEFT directory names. Raises CheckpointError if it names none."""
     file = folder / ADAPTER_FILE
     try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = read_json_file(file)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
         base = None
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{file}: base_model_name_or_path must name the directory of the model that the adapter "

@@ -28,25 +28,25 @@ def launched_rank() -> tuple[int, int, int]:
     """
     env = os.environ
     if _is_torchruns():
-        rank, size = _number("RANK"), _number("WORLD_SIZE")
-        if not rank < size:
-            raise ConfigError(f"RANK = {rank} and WORLD_SIZE = {size}: ranks count from 0, so the last one is "
-                              "WORLD_SIZE - 1; set both to what the launcher means, or unset both for one rank")
+        rank, size = _rank_and_size("RANK", "WORLD_SIZE")
         return rank, size, _local_rank(rank)
     if is_task_of_srun():
-        size = _number("SLURM_NTASKS", 1)
+        rank, size = _rank_and_size("SLURM_PROCID", "SLURM_NTASKS")
         if size > 1:
             _refuse_heterogeneous()
-            return _number("SLURM_PROCID"), size, _number("SLURM_LOCALID", 0)
+            return rank, size, _number("SLURM_LOCALID", 0)
         return 0, 1, 0
     lone = [name for name in ("RANK", "WORLD_SIZE") if name in env]
     if lone and (lone[0] == "RANK" or env["WORLD_SIZE"] != "1"):
         other = "WORLD_SIZE" if lone[0] == "RANK" else "RANK"
         raise ConfigError(f"{lone[0]} = {env[lone[0]]!r} without {other}: set {other} as well (and LOCAL_RANK, the "
                           f"rank's number on its node), or unset {lone[0]} for one rank")
-    if _number("OMPI_COMM_WORLD_SIZE", 1) > 1:
-        return (_number("OMPI_COMM_WORLD_RANK"), _number("OMPI_COMM_WORLD_SIZE"),
-                _number("OMPI_COMM_WORLD_LOCAL_RANK", 0))
+    rank, size = _rank_and_size("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+    if size > 1:
+        return rank, size, _number("OMPI_COMM_WORLD_LOCAL_RANK", 0)
+    if _number("SLURM_PROCID", 0):
+        raise ConfigError(f"SLURM_PROCID = {env['SLURM_PROCID']} outside of a step of srun (SLURM_STEP_ID): a batch "
+                          "script's is 0; pass all of srun's variables on, or unset SLURM_PROCID for one rank")
     return 0, 1, 0
 
 
@@ -84,6 +84,19 @@ def _number(name: str, default: int | None = None) -> int:
     return int(text)
 
 
+def _rank_and_size(rank_name: str, size_name: str) -> tuple[int, int]:
+    """The values of these two variables; (0, 1) without them. Raises ConfigError if there is no such rank: the others
+    would wait for it."""
+    rank, size = _number(rank_name, 0), _number(size_name, 1)
+    if size > 1:
+        _number(rank_name)  # is set
+    if not rank < size:
+        given = f"and {size_name} = {size}" if size_name in os.environ else f"without {size_name}"
+        raise ConfigError(f"{rank_name} = {rank} {given}: ranks count from 0, so the last one is {size_name} - 1; "
+                          "set both to what the launcher means, or unset both for one rank")
+    return rank, size
+
+
 def _is_number(text: str) -> bool:
     """Whether it is a whole number from 0 on, of fewer digits than Python refuses to read (4300)."""
     return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
@@ -111,15 +124,22 @@ def _refuse_heterogeneous() -> None:
 
 
 def process_rank() -> int:
-    """Rank of this process, before any library is loaded; 0 if its variable is not a number, which `launched_rank`
-    refuses."""
-    return _number_or_none("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") or 0
+    """Rank of this process, before any library is loaded; 0 if its variables are ones that `launched_rank` refuses, so
+    that this is said."""
+    try:
+        return launched_rank()[0]
+    except ConfigError:
+        return 0
 
 
 def first_on_node() -> bool:
-    """Whether this is the first rank of its node."""
-    local = _number_or_none("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
-    return (process_rank() if local is None else local) == 0
+    """Whether this is the first rank of its node; by the first variable that is a number, if `launched_rank` refuses
+    them."""
+    try:
+        return launched_rank()[2] == 0
+    except ConfigError:
+        return not _number_or_none("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "RANK", "SLURM_PROCID",
+                                   "OMPI_COMM_WORLD_RANK")
 
 
 def is_task_of_srun() -> bool:

@@ -1,67 +1,16 @@
 """`doctor --run`: the likely mistake of a run, from its metrics and its configuration. Loads no library."""
 
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_embed.checkpoint.log_files import lines_of_log, log_exists
-from megatron_embed.config.load import read_resolved
-from megatron_embed.errors import ConfigError
+from megatron_embed.run.logged_run import RunLog
 
 LEAST_STEPS = 3
 """Logged steps below which nothing is said of a curve."""
 WINDOW, SPIKE = 8, 4.0
 """Logged steps whose median a gradient norm is compared with, and how many times that is a jump."""
-CONFIGURATIONS = ("step_*/config.yaml", ".assets/config.yaml", "config.yaml")
-"""Files with the resolved configuration of a run: in checkpoints, before the first one, and beside metrics that lie
-elsewhere. The last one counts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunLog:
-    """What a run left."""
-
-    steps: Sequence[Mapping[str, float]]
-    """Rows of optimizer steps, of the logged ones only; values that were not finite are absent."""
-    evaluations: Sequence[Mapping[str, float]]
-    """Rows of evaluations, the one before the first step (step 0) included."""
-    config: Mapping[str, Any]
-    """Settings by section; empty: unknown."""
-    suspicious: Sequence[Mapping[str, Any]] = ()
-    """Lines of suspicious_steps.jsonl: steps that were skipped or whose loss or gradient jumped, with their rows."""
-
-    def setting(self, key: str, default: Any = None) -> Any:
-        """A setting by its dotted key; `default` if it is not known."""
-        section, _, name = key.partition(".")
-        values = self.config.get(section)
-        return values.get(name, default) if isinstance(values, dict) else default
-
-    def values(self, name: str) -> list[float]:
-        """A metric of the steps that have it."""
-        return [row[name] for row in self.steps if name in row]
-
-    def early(self, name: str) -> float | None:
-        """Median of a metric over the first tenth of the steps; None if no step has it."""
-        values = self.values(name)
-        return statistics.median(values[:max(1, len(values) // 10)]) if values else None
-
-    def late(self, name: str) -> float | None:
-        """Median of a metric over the last quarter of the steps; None if no step has it."""
-        values = self.values(name)
-        return statistics.median(values[-max(1, len(values) // 4):]) if values else None
-
-    @property
-    def chance_loss(self) -> float | None:
-        """InfoNCE of vectors that tell nothing: log of the candidates; None: another loss, or unknown."""
-        negatives = self.late("negatives_per_query")
-        if self.setting("objective.loss", "info_nce") != "info_nce" or negatives is None or not self.values(
-                "in_batch_accuracy"):
-            return None
-        return math.log(1 + negatives)
 
 
 Rule = Callable[[RunLog], str | None]
@@ -80,58 +29,6 @@ def mistakes(log: RunLog) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
-def read_run(directory: str) -> RunLog:
-    """Metrics and configuration of a run. A line that a kill cut short is left out.
-
-    Args:
-        directory: of the run's checkpoints or logs, or the folder above the only such one.
-    Raises:
-        ConfigError: no metrics there, or no step was logged.
-    """
-    folder = Path(directory)
-    below = [file.parent for file in folder.glob("*/metrics.jsonl")]
-    own = [file for pattern in ("metrics.jsonl", *CONFIGURATIONS) for file in folder.glob(pattern)]
-    if len(below) == 1 and not own:
-        folder = below[0]
-    files = [name for pattern in CONFIGURATIONS for name in sorted(folder.glob(pattern))]
-    config: dict[str, Any] = read_resolved(files[-1]) if files else {}
-    file = folder / "metrics.jsonl"
-    elsewhere = config.get("logging", {}).get("directory")
-    if not log_exists(file) and elsewhere:
-        file = Path(elsewhere) / "metrics.jsonl"
-    try:
-        rows = list(_rows(line for _, _, line in lines_of_log(file)))
-    except OSError as error:
-        raise ConfigError(f"--run {directory}: {file} cannot be read ({error.strerror}); name the checkpoint.directory "
-                          "or logging.directory of a run", key="--run") from None
-    log = RunLog(steps=[row for row in rows if "learning_rate" in row],
-                 evaluations=[row for row in rows if any(name.startswith("eval/") for name in row)], config=config,
-                 suspicious=_suspicious(file.parent))
-    if not log.steps:
-        raise ConfigError(f"--run {directory}: no step is logged in {file} yet; ask again after "
-                          "logging.every_steps steps", key="--run")
-    return log
-
-
-def _rows(lines: Iterable[str]) -> Iterator[dict[str, float]]:
-    for row in map(_parsed, lines):
-        if isinstance(row, dict):
-            yield {name: value for name, value in row.items() if isinstance(value, int | float)}
-
-
-def _suspicious(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "suspicious_steps.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [row for row in map(_parsed, lines) if isinstance(row, dict)]
-
-
-def _parsed(line: str) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
 def _not_finite(log: RunLog) -> str | None:
     skipped = sum(log.values("skipped_steps"))
     if skipped < max(1, 0.01 * max(row["step"] for row in log.steps)):
@@ -143,7 +40,7 @@ def _not_finite(log: RunLog) -> str | None:
 
 def _temperature_too_small(log: RunLog) -> str | None:
     chance, first = log.chance_loss, log.early("loss")
-    temperature = log.setting("objective.temperature")
+    temperature = log.number("objective.temperature")
     if chance is None or first is None or temperature is None or temperature >= 0.01:
         return None
     if first < chance and temperature > 0.002:
@@ -154,7 +51,7 @@ def _temperature_too_small(log: RunLog) -> str | None:
 
 def _temperature_too_large(log: RunLog) -> str | None:
     chance, last, margin = log.chance_loss, log.late("loss"), log.late("margin_to_mean_negative")
-    temperature, accuracy = log.setting("objective.temperature"), log.late("in_batch_accuracy")
+    temperature, accuracy = log.number("objective.temperature"), log.late("in_batch_accuracy")
     if chance is None or last is None or margin is None or accuracy is None or temperature is None:
         return None
     if temperature <= 0.1 or last < 0.6 * chance or margin / temperature > 2:
@@ -202,7 +99,7 @@ def _rate_too_small(log: RunLog) -> str | None:
 def _endless_warmup(log: RunLog) -> str | None:
     rates = [(row["learning_rate"], row["step"]) for row in log.steps]
     peak, peak_step = max(rates)
-    total = log.setting("training.train_steps") or log.steps[-1]["step"]
+    total = log.number("training.train_steps") or log.steps[-1]["step"]
     if len(rates) < LEAST_STEPS or peak_step <= rates[0][1] or peak_step < 0.5 * total or peak == rates[0][0]:
         return None
     return (f"the learning rate still rises in step {peak_step:.0f} of {total:.0f} ({peak:.2e}): the warmup is most of "
@@ -283,7 +180,8 @@ def _few_negatives(log: RunLog) -> str | None:
     negatives = log.late("negatives_per_query")
     if negatives is None or negatives >= 4 or not log.values("in_batch_accuracy"):
         return None
-    if not all(file.get("in_batch_negatives", True) for file in log.setting("data.train", [])):
+    files = _list(log.setting("data.train"))
+    if not all(file.get("in_batch_negatives", True) for file in files if isinstance(file, dict)):
         return None
     return (f"a query has {negatives:.0f} negative(s): raise training.global_batch_size (memory is that of a "
             "micro-batch), or add hard negatives and set data.num_negatives")
@@ -291,12 +189,12 @@ def _few_negatives(log: RunLog) -> str | None:
 
 def _gradient_spikes(log: RunLog) -> str | None:
     norms = [(row["step"], row["grad_norm"]) for row in log.steps if "grad_norm" in row]
-    clip = log.setting("training.clip_grad")
+    clip = log.number("training.clip_grad")
     spikes = [f"{norm:.3g} in step {step:.0f}, {usual:.3g} before" for index, (step, norm) in enumerate(norms)
               if index >= WINDOW
               and norm > SPIKE * (usual := statistics.median(before for _, before in norms[index - WINDOW:index]))
               and norm > (clip or 1.0)]
-    jumps = [f"step {row['step']}: {row['what']}, rows {', '.join(map(str, row.get('rows', [])[:2]))}"
+    jumps = [f"step {row.get('step')}: {row['what']}, rows {', '.join(map(str, _list(row.get('rows'))[:2]))}"
              for row in log.suspicious if "standard deviations" in str(row.get("what"))]
     if not spikes and not jumps:
         return None
@@ -372,6 +270,10 @@ def _curve(log: RunLog) -> list[tuple[float, float]] | None:
             sign = -1.0 if name.endswith(("loss", "negative_similarity")) else 1.0
             return [(step, sign * value) for step, value in values]
     return None
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _number(value: object) -> str:

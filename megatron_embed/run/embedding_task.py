@@ -206,6 +206,11 @@ def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
             raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
                               f"{model.shape.longest_text} positions; lower it to that or less",
                               key=f"data.{role}_max_length")
+    expanded = config.embedding.query_expansion or 0
+    if expanded > model.shape.longest_text:
+        raise ConfigError(f"embedding.query_expansion = {expanded} is longer than the model's "
+                          f"{model.shape.longest_text} positions; lower it to that or less",
+                          key="embedding.query_expansion")
 
 
 def check_dims(config: RunConfig, model: ModelDirectory) -> None:

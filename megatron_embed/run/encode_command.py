@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_embed import __version__
 from megatron_embed.data.corpus import TextsOnDisk
-from megatron_embed.errors import ConfigError, EmptyTextError, UserError
+from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.sparse_vectors import sparse_vectors, write_matrix
 from megatron_embed.evaluation.stored_vectors import (
@@ -53,8 +53,11 @@ def encode_to_file(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEn
                 logger.info("the ranges of %s are those of these %d vectors", args.output_dtype, len(vectors))
             ranges = ranges_of(vectors) if ranges is None else ranges
             error = _write_ranges(args, ranges)
-        array = as_dtype(vectors, args.output_dtype, ranges)
-        error = error or write_atomic("--output", args.output, lambda file: np.save(file, array), binary=True)
+        try:
+            array = as_dtype(vectors, args.output_dtype, ranges)
+            error = error or write_atomic("--output", args.output, lambda file: np.save(file, array), binary=True)
+        except DataError as data_error:
+            error = error or data_error
         if error is not None and ranges is not None:
             with contextlib.suppress(OSError):
                 os.remove(ranges_name(args.output))

@@ -4,12 +4,12 @@ They look at names and sizes of files only. Every node of a job runs them, so to
 """
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_embed.config.json_file import LARGEST_INDEX, read_json_file
 from megatron_embed.data.beir import is_beir_folder, require_split
 from megatron_embed.data.csv_rows import CSV_ENDINGS
 from megatron_embed.data.jsonl import ENDINGS
@@ -134,9 +134,9 @@ def _check_weights(folder: Path) -> None:
     if not index.is_file():
         raise CheckpointError(f"{folder}: no model.safetensors and no {index.name}; fetch the weights, as safetensors")
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json_file(index, LARGEST_INDEX)["weight_map"].values()))
         missing = [name for name in shards if not (folder / name).is_file()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not readable ({error!r}); fetch it again") from None
     if missing:
         raise CheckpointError(f"{index}: {missing[0]} is missing ({len(missing)} of {len(shards)} files); fetch it "

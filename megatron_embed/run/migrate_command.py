@@ -5,7 +5,6 @@ import functools
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +18,9 @@ from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.evaluation.beir import BeirData, load_beir
 from megatron_embed.evaluation.given_vectors import GivenVectors
 from megatron_embed.evaluation.retrieval import evaluate_queries, mean_metrics
-from megatron_embed.evaluation.vector_files import SUMMARY, ShardWriter, VectorFile, write_shards
+from megatron_embed.evaluation.vector_files import ShardWriter, VectorFile, read_summary, write_shards
 from megatron_embed.evaluation.vector_map import (
     FEWEST_PAIRS,
-    SETTINGS,
     Fitted,
     MappedVectors,
     Pairs,
@@ -98,11 +96,8 @@ def map_vectors(args: argparse.Namespace) -> None:
     """Write all vectors of --old, mapped, as `encode` writes vectors; an interrupted call goes on. One process."""
     vector_map = VectorMap.read(args.map, "--map")
     mapped = MappedVectors(args.old, "--old", vector_map, similarity="dot")
-    summary: dict[str, Any] = {}
-    if (Path(args.old) / SUMMARY).is_file():
-        summary = json.loads((Path(args.old) / SUMMARY).read_text(encoding="utf-8"))
-    described = json.loads((Path(args.map) / SETTINGS).read_text(encoding="utf-8"))
-    settings = {"version": __version__, "map": described, "mapped from": mapped.stamps(),
+    summary = read_summary(args.old, "--old")
+    settings = {"version": __version__, "map": vector_map.identity(), "mapped from": mapped.stamps(),
                 **({"texts": summary["texts"]} if "texts" in summary else {})}
     writer = ShardWriter(args.output, settings, rows=len(mapped), dim=vector_map.new_dim)
 
@@ -127,6 +122,10 @@ def _require_equal(vectors: int, others: int, what: str, unit: str, *, key: str)
 
 
 def _fit(old: VectorFile, rows: NDArray[np.int64], new: Tensor, kinds: Sequence[MapKind]) -> Fitted:
+    for name, vectors in (("old", old.gather(rows)), ("new", new)):
+        if bool((vectors == vectors[0]).all()):
+            raise ConfigError(f"--{name}: all {len(rows)} sampled vectors are equal, so that no map can be fitted to "
+                              "them; encode the texts again", key=f"--{name}")
     unit_length = bool(((new.norm(dim=1) - 1).abs() < _UNIT).all())
     fitted = fit_best(kinds, Pairs.split(old.gather(rows), new), unit_length=unit_length)
     logger.info("cosine of mapped and new vectors, held out: %s; chosen: %s", ", ".join(

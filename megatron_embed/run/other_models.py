@@ -8,7 +8,6 @@ import logging
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserEr
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.text_vectors import TextVectors
 from megatron_embed.evaluation.vector_cache import VectorCache, VectorSource, model_digest
-from megatron_embed.evaluation.vector_files import SUMMARY, VectorFile, are_vectors
+from megatron_embed.evaluation.vector_files import VectorFile, are_vectors, read_summary
 from megatron_embed.loading.model_directory import ModelDirectory, find_model, open_encoder
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.names import Role, Similarity
@@ -231,11 +230,9 @@ def _texts_of_vectors(config: RunConfig, path: str) -> str:
     if config.objective.compatible_texts is not None:
         return config.objective.compatible_texts
     key, missing = "objective.compatible_with", "set objective.compatible_texts to the file that was encoded"
-    try:
-        described = json.loads((Path(path) / SUMMARY).read_text(encoding="utf-8"))["texts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{key} = {path!r}: does not say which texts its vectors are of; {missing}",
-                          key=key) from None
+    described = read_summary(path, f"{key} =").get("texts")
+    if described is None:
+        raise ConfigError(f"{key} = {path!r}: does not say which texts its vectors are of; {missing}", key=key)
     status = os.stat(described[0]) if os.path.isfile(described[0]) else None
     if status is None or [status.st_size, status.st_mtime_ns] != described[1:]:
         raise ConfigError(f"{key} = {path!r}: its texts, {described[0]}, are gone or were changed since; {missing}",

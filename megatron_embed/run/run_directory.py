@@ -140,7 +140,11 @@ def _is_exported(config: RunConfig, kind: FurtherExport | None, target: str, ste
     if config.checkpoint.directory is None or not (Path(target) / "modules.json").is_file():
         return False
     file = Path(config.checkpoint.directory) / _export_file(kind)
-    return file.is_file() and file.read_text(encoding="utf-8") == _export_record(config, kind, steps)
+    wanted = _export_record(config, kind, steps).encode()
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(wanted) + 1) == wanted
 
 
 def record_export(config: RunConfig, kind: FurtherExport | None, steps: int) -> None:

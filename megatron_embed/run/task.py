@@ -37,6 +37,7 @@ from megatron_embed.run.inherit import inherited
 from megatron_embed.run.run_directory import ResumeState, pending_exports, record_export
 
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_BLOCK = 1 << 20
 _NOT_OF_ROWS = ("index_directory", "workers", "token_cache")
 """Settings of the section data that do not change what is read of a row."""
 NUM_EXPORT_ROWS = 64
@@ -155,7 +156,10 @@ class Task(ABC):
         """All that decides whether training can take a row: this version, the settings, the tokenizer's files."""
         values, tokenizer = to_dict(self.config), hashlib.blake2b()
         for file in sorted(path for path in self.model.hf.rglob("*") if path.suffix in _TOKENIZER_SUFFIXES):
-            tokenizer.update(f"{file.name}\0".encode() + file.read_bytes())
+            tokenizer.update(f"{file.name}\0".encode())
+            with file.open("rb") as opened:
+                while block := opened.read(_BLOCK):
+                    tokenizer.update(block)
         values["data"] = {name: value for name, value in values["data"].items() if name not in _NOT_OF_ROWS}
         sections = ("task", "model", "data", "objective", "embedding", "reranker", "parallel")
         return json.dumps([__version__, {name: values[name] for name in sections}, tokenizer.hexdigest(),

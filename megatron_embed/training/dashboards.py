@@ -58,6 +58,7 @@ CUSTOM_SCALARS = {
 }
 """Groups of charts, each of the tags that a regular expression matches from the beginning."""
 WANDB_ID_FILE = "wandb_id"
+_LONGEST_ID = 200
 
 
 def open_wandb(directory: Path, settings: dict[str, Any]) -> Any:
@@ -70,7 +71,10 @@ def open_wandb(directory: Path, settings: dict[str, Any]) -> Any:
     import wandb
 
     file = directory / WANDB_ID_FILE
-    known = file.read_text(encoding="utf-8").strip() if file.exists() else None
+    known = None
+    if file.is_file():
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            known = opened.read(_LONGEST_ID).strip() or None
     run = wandb.init(project=os.environ.get("WANDB_PROJECT", "megatron-embed"), id=known, resume="allow",
                      name=os.environ.get("WANDB_NAME", directory.name), dir=str(directory), config=settings)
     file.write_text(run.id + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_embed.checkpoint.log_files import open_to_append
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError, UserError
 
@@ -88,8 +89,8 @@ class Health:
         line = {"step": step + 1, "what": what, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"]),
                 "rows": rows}
         try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with open_to_append(self._file) as file:
+                file.write((json.dumps(line) + "\n").encode())
         except OSError as error:
             logger.warning("%s: cannot be written (%s)", self._file, error.strerror)
 

@@ -10,9 +10,18 @@ from unittest import mock
 import pytest
 
 from megatron_embed.checkpoint import log_files
-from megatron_embed.checkpoint.log_files import LogWriter, cut_after, lines_of_log, log_exists, move_aside, older_files
+from megatron_embed.checkpoint.log_files import (
+    LogWriter,
+    cut_after,
+    lines_of_log,
+    log_exists,
+    move_aside,
+    objects_of_log,
+    older_files,
+)
 from megatron_embed.config.schema import LoggingConfig
 from megatron_embed.errors import ConfigError
+from tests.helpers.audit_records import start_record, step_record
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.runs import configuration, go_back, train
@@ -156,13 +165,13 @@ def test_every_reader_reads_all_files(tmp_path):
     from megatron_embed.audit.run_log import read_run as read_audit
     from megatron_embed.config.load import config_of_values
     from megatron_embed.export.model_card import evaluation_after
-    from megatron_embed.run.diagnosis import read_run
+    from megatron_embed.run.logged_run import read_run
 
-    records = [{"step": 0, "start": {}}, *({"step": step, "metrics": {"loss": 1.0}} for step in range(1, 9))]
+    records = [start_record(), *map(step_record, range(1, 9))]
     rows = [{"step": step, "loss": 1.0, "learning_rate": 0.1} for step in range(1, 9)]
     rows.insert(1, {"step": 1, "eval/map": 0.5})
     for name, lines in (("audit.jsonl", records), ("metrics.jsonl", rows)):
-        writer = LogWriter(tmp_path / name, first_step=0, max_mib=SMALL)
+        writer = LogWriter(tmp_path / name, first_step=0, max_mib=3 * len(json.dumps(lines[-1])) / 2**20)
         for line in lines:
             writer.append(line)
         writer.close()
@@ -175,6 +184,42 @@ def test_every_reader_reads_all_files(tmp_path):
     assert len(audited.metrics) == len(log.steps) >= 6
     config = config_of_values({"model": {"path": "x"}, "logging": {"directory": str(tmp_path)}})
     assert evaluation_after(config, 1) == {"map": 0.5}
+
+
+@pytest.mark.parametrize("kind, words", [("pipe", "not a regular file"), ("device", "not a regular file"),
+                                         ("sparse", "line 2 has more than 1 MiB"), ("long", "longer than 0 MiB")])
+def test_logs_that_do_not_end_are_refused(tmp_path, monkeypatch, kind, words):
+    monkeypatch.setattr(log_files, "LONGEST_LINE", 1 << 20)
+    path = tmp_path / "metrics.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text(lines_of(range(20)))
+    if kind == "sparse":
+        path.write_text(lines_of([1]))
+        os.truncate(path, 6 << 30)
+    for read in (lines_of_log, objects_of_log):
+        with pytest.raises(OSError, match=words):
+            list(read(path, 100))
+    if kind == "pipe":
+        with pytest.raises(OSError, match="No such device"):  # nobody reads it
+            LogWriter(path, first_step=3, max_mib=0)
+    elif kind == "sparse":
+        with pytest.raises(OSError, match="a line of more than 1 MiB"):
+            cut_after(path, 1)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"step": Infinity}', '{"step": NaN}', '{"step": [1]}',
+                                  '{"a": "\xff"}'])
+def test_lines_that_are_no_record_are_cut_and_left_out(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((lines_of([1, 2]) + line + "\n").encode("latin-1"))
+    found = [record.get("step") for record in objects_of_log(path)]
+    assert found[:2] == [1, 2] and len(found) == (3 if "step" in line else 2)
+    cut_after(path, 2)
+    assert path.read_text() == lines_of([1, 2])
 
 
 def train_with_small_files(values):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sentence_transformers.util.quantization import quantize_embeddings, semantic_search_faiss
 
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, DataError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.retrieval import Rankings, evaluate_retrieval, retrieval_metrics
 from megatron_embed.evaluation.stored_vectors import as_dtype, ranges_of, ranges_text, read_ranges
@@ -42,7 +42,17 @@ def test_ranges_are_read_as_they_were_written(tmp_path):
         assert read.keys() == ranges.keys() and all(np.array_equal(read[width], ranges[width]) for width in ranges)
 
 
+def test_numbers_that_overflow_are_refused():
+    vectors = torch.tensor([[1.0, 65504.0], [-7e4, 1.0]])
+    assert np.isfinite(as_dtype(vectors[:1], "float16")).all()
+    with pytest.raises(DataError, match="--output-dtype float16: a component is too large for it .*7e.04"):
+        as_dtype(vectors, "float16")
+    with pytest.raises(DataError, match="--output-dtype int8: the range of a component is too large"):
+        as_dtype(vectors, "int8", np.array([[-3e38, 0], [3e38, 1]], dtype=np.float32))
+
+
 @pytest.mark.parametrize("content", [{"2": [[0, 1]]}, {"2": [[0, 1], [1, 0]]}, {"3": [[0, 1], [1, 2]]}, {"2": "x"},
+                                     {"2": [[-3e38, 0], [3e38, 1]]},
                                      {"2": [[0, 1], [1, 1e99]]}, {"2": [[0], [1, 2]]}, {"x": [[0, 1], [1, 2]]}])
 def test_damaged_ranges_are_refused(tmp_path, content):
     (tmp_path / RANGES_FILE).write_text(json.dumps(content))

@@ -117,6 +117,34 @@ def test_damaged_graph_is_built_again(tmp_path, rows, monkeypatch, damage):
     assert index.read_bytes() == content and json.loads(Path(f"{index}.json").read_text())["rows"] == ROWS
 
 
+@pytest.mark.parametrize("kind", [
+    "reversed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("flat", "narrow", "links elsewhere",
+                                                                          "no links"))])
+def test_another_index_with_a_fitting_description_is_built_again(tmp_path, rows, monkeypatch, kind):
+    vectors, settings = saved(tmp_path, rows), HnswSettings(ef_construction=40)
+    good = hnsw_index(vectors, settings)
+    path = f"{vectors.path}.hnsw-{DIM}.faiss"
+    scaled = vectors.scaled(torch.from_numpy(rows)).numpy()
+    other = {"flat": faiss.IndexFlatIP(DIM)}.get(kind) or faiss.IndexHNSWFlat(
+        7 if kind == "narrow" else DIM, 32, faiss.METRIC_INNER_PRODUCT)
+    other.add(np.ascontiguousarray({"reversed": scaled[::-1], "narrow": scaled[:, :7]}.get(kind, scaled)))
+    if kind == "links elsewhere":
+        neighbors = faiss.vector_to_array(other.hnsw.neighbors)
+        neighbors[5] = ROWS
+        faiss.copy_array_to_vector(neighbors, other.hnsw.neighbors)
+    elif kind == "no links":
+        other.hnsw.offsets = faiss.IndexHNSWFlat(DIM, 32).hnsw.offsets
+    faiss.write_index(other, path)
+    description = json.loads(Path(f"{path}.json").read_text())
+    Path(f"{path}.json").write_text(json.dumps({**description, "digest": vector_index._digest(path)}))
+    count = built(monkeypatch)
+    again = hnsw_index(vectors, settings)
+    assert len(count) == 1
+    queries = queries_of(vectors)
+    assert search_index(again, queries, 5, np.arange(ROWS), exact=False)[1].tolist() == search_index(
+        good, queries, 5, np.arange(ROWS), exact=False)[1].tolist()
+
+
 def test_recall(tmp_path, rows):
     vectors = saved(tmp_path, rows)
     queries = queries_of(vectors)

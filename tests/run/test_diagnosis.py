@@ -9,7 +9,8 @@ import yaml
 from megatron_embed.__main__ import main
 from megatron_embed.config.load import config_of_values, save_resolved
 from megatron_embed.errors import ConfigError
-from megatron_embed.run.diagnosis import AT_ONCE, GUESSING, RULES, RunLog, mistakes, read_run
+from megatron_embed.run.diagnosis import AT_ONCE, GUESSING, RULES, mistakes
+from megatron_embed.run.logged_run import RunLog, read_run
 
 EXAMPLES = Path(__file__).parent / "examples"
 CAUSES = {
@@ -37,6 +38,36 @@ def run_of(rows, evaluations=(), **settings):
     """A run of made-up rows."""
     return RunLog(steps=[{"step": step, **STEP, **row} for step, row in enumerate(rows, 1)],
                   evaluations=evaluations, config=settings)
+
+
+ROW = {"in_batch_accuracy": 0.5, "negatives_per_query": 7, "positive_similarity": 0.5, "negative_similarity": 0.1}
+
+
+@pytest.mark.parametrize("change", [
+    {"step": None}, {"step": "x"}, {"negatives_per_query": -2}, {"loss": 10**400}, {"loss": float("nan")},
+    {"learning_rate": float("inf")}, {"grad_norm": [1]}, {"step": 10**400}, {"in_batch_accuracy": True}])
+def test_odd_rows_are_left_out(tmp_path, change):
+    rows = [{"step": step, **STEP, **ROW} for step in range(1, 9)]
+    text = "".join(f"{json.dumps(row)}\n" for row in [*rows, {**rows[-1], **change}, [1], 7])
+    (tmp_path / "metrics.jsonl").write_text(text + "[" * 100_000 + "\n")
+    (tmp_path / "suspicious_steps.jsonl").write_text(
+        '[1]\n{"what": "9 standard deviations", "rows": 5}\n{"what": 3, "step": {}}\n')
+    log = read_run(str(tmp_path))
+    assert len(log.steps) in (8, 9) and [name for name, _ in mistakes(log)] in (
+        ["gradient spikes"], ["few negatives", "gradient spikes"])
+
+
+@pytest.mark.parametrize("config, words", [
+    ("objective: {temperature: warm}", "objective.temperature = 'warm', which must be a number"),
+    ("training: {train_steps: [1]}", r"training.train_steps = \[1\], which must be a number"),
+    ("logging: [a]", r"logging = \['a'\] must be a section"), ("logging: hello", "logging = 'hello' must be a section"),
+    ("data: 7", "data = 7 must be a section")])
+def test_a_damaged_configuration_is_refused(tmp_path, config, words):
+    rows = [{**STEP, **ROW, "step": step, "learning_rate": step} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "config.yaml").write_text(config + "\n")
+    with pytest.raises(ConfigError, match=words):
+        list(mistakes(read_run(str(tmp_path))))
 
 
 def test_every_example_is_expected():

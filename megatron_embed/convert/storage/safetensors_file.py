@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_embed.config.json_file import refuse_many_brackets
 from megatron_embed.convert.storage.byte_range import ByteRange, read_at, write_at
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import open_regular
@@ -133,6 +134,7 @@ class SafetensorsFile:
         header = bytearray(length)
         self._read_into(memoryview(header), 8)
         try:
+            refuse_many_brackets(header)
             tensors = json.loads(header, object_pairs_hook=_unique_keys)
             tensors.pop("__metadata__", None)
             entries = {name: _entry(self.path, name, value, 8 + length) for name, value in tensors.items()}
