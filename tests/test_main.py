@@ -88,7 +88,8 @@ def test_bad_configuration_is_one_line_and_exit_code_2(tmp_path, text, words):
         ([], "COMMAND"),
         (["trian"], "invalid choice: 'trian'; did you mean `train`?"),
         (["export", "a"], "did you mean `convert megatron-to-hf`?"),
-        (["train", "--config", "a.yaml"], "the configuration needs no option: `megatron-embed train a.yaml`"),
+        (["train", "--config", "a.yaml"], "its value stands alone: `megatron-embed train a.yaml`"),
+        (["serve", "--model", "m"], "--model is not an option, its value stands alone: `megatron-embed serve m`"),
         (["train", "a.yaml", "--dryrun"], "unrecognized arguments: --dryrun; did you mean --dry-run?"),
         (["train", "a.yaml", "--learning_rate", "2e-5"], "--learning_rate; settings have no dashes: write training."
                                                         "learning_rate=VALUE"),

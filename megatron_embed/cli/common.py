@@ -58,8 +58,9 @@ class Parser(argparse.ArgumentParser):
 
     def _answer(self, option: str, value: str) -> str:
         """What an unknown option is here, or the nearest one that there is."""
-        if option == "--config" and any(action.dest == "config" for action in self._get_positional_actions()):
-            return f"the configuration needs no option: `{self.prog} {value}`"
+        name = option.lstrip("-").replace("-", "_")
+        if any(action.dest.removesuffix("s") == name.removesuffix("s") for action in self._get_positional_actions()):
+            return f"{option} is not an option, its value stands alone: `{self.prog} {value}`"
         known = [name for name in self._option_string_actions if name.startswith("--")]
         if near := difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.75):
             return f"unrecognized arguments: {option}; did you mean {near[0]}?"
@@ -68,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         from megatron_embed.config.schema import RunConfig
         from megatron_embed.config.unknown_keys import setting_for_option
 
-        instead = setting_for_option(RunConfig, option.lstrip("-").replace("-", "_"))
+        instead = setting_for_option(RunConfig, name)
         return f"unrecognized arguments: {option}; settings have no dashes: {instead}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -22,7 +22,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", nargs="+", metavar="DIR", type=path,
+    parser.add_argument("models", nargs="+", metavar="DIR", type=path,
                         help="Model directories or checkpoints: embedding models, rerankers, or both")
     parser.add_argument("--corpus", metavar="FILE|FOLDER", type=path,
                         help='Texts that the page searches at first: rows {"text": ...}, or a folder of .txt and .md '
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                         max_waiting_texts=args.max_waiting_texts, batch_tokens=args.batch_tokens)
         opening = Opening(engine=args.engine, dtype=args.dtype, max_length=args.max_length)
         bound = stack.enter_context(bind(args.host, args.port))
-        models = open_models(args.directories, opening, limits)
+        models = open_models(args.models, opening, limits)
         local = bound.getsockname()[0] in ("127.0.0.1", "::1")
         if not local and not keys:
             logger.warning("--host %s: other machines can reach this server, and it asks for no API key; set %s or "
