@@ -34,6 +34,8 @@ CORE = [
     "psutil>=5.9",
     # Checksums of what a conversion writes and reads back; `datasets` brings it as well.
     "xxhash>=3.4",
+    # The regular expressions of adapter settings, with a time limit; Transformers brings it as well.
+    "regex>=2024.11",
     "tqdm>=4.66",
     "scipy>=1.11",
     "pytrec-eval-terrier>=0.5.6",

@@ -47,7 +47,7 @@ THIRD_PARTY = {
     "data": {"torch", "numpy", "datasets", "pyarrow", "tokenizers", "transformers", "tqdm"},
     "models": {"torch", "transformer_engine", "bitsandbytes"},
     "checkpoint": {"torch", "numpy"},
-    "convert": {"torch", "numpy", "safetensors", "transformers", "tqdm", "psutil", "xxhash"},
+    "convert": {"torch", "numpy", "safetensors", "transformers", "tqdm", "psutil", "xxhash", "regex"},
     "objectives": {"torch"},
     "evaluation": {"torch", "numpy", "pytrec_eval", "scipy", "safetensors", "tqdm", "mteb", "faiss"},
     "mining": {"torch", "numpy", "bm25s", "tqdm"},

@@ -197,7 +197,7 @@ def test_layout_that_does_not_divide_the_model(write, tmp_path, change, parallel
 def test_experts_that_cannot_be_divided(write, tmp_path):
     experts = save_experts(tmp_path / "experts", "qwen3_moe")
     config = json.loads((experts / "config.json").read_text())
-    (experts / "config.json").write_text(json.dumps(config | {"num_experts": 3}))
+    (experts / "config.json").write_text(json.dumps(config | {"num_local_experts": 3}))
     path = write(model={"path": str(experts)}, parallel={"expert_model_parallel_size": 2})
     assert_refused(run_on_ranks(command, 2, ["train", path]), f"{path}:{line_of(path, 'expert_model_parallel_size')}",
                    "parallel.expert_model_parallel_size = 2", "3 experts", "nearest valid: 1")
