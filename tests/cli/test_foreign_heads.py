@@ -125,10 +125,25 @@ def test_damaged_heads_of_sparse_models_are_refused(tmp_path):
     assert_all_refused(results, {name: words for name, (_, words) in DAMAGED_BERT.items()})
 
 
-def test_other_damaged_heads_of_sparse_models_are_refused(tmp_path):
-    directories = [build(tmp_path / str(index)) for index, (build, _) in enumerate(DAMAGED_OTHERS.values())]
-    (results,) = run_on_ranks(opened, 1, [str(directory) for directory in directories])
-    assert_all_refused(results, {name: words for name, (_, words) in DAMAGED_OTHERS.items()})
+def assert_damage_refused(cases, folder, open_all):
+    directories = [folder / str(index) for index in range(len(cases))]
+    for directory, (build, _) in zip(directories, cases.values(), strict=True):
+        build(directory)
+    (results,) = run_on_ranks(open_all, 1, list(map(str, directories)))
+    assert_all_refused(results, {name: words for name, (_, words) in cases.items()})
+
+
+def quick_first(cases, quick):
+    """Two parameters: the quick cases, and the slow rest."""
+    rest = {name: case for name, case in cases.items() if name not in quick}
+    return [pytest.param({name: cases[name] for name in quick}, id="quick"),
+            pytest.param(rest, id="rest", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("cases", quick_first(
+    DAMAGED_OTHERS, ["bert, untied, the first bias alone", "qwen3, another matrix"]))
+def test_other_damaged_heads_of_sparse_models_are_refused(cases, tmp_path):
+    assert_damage_refused(cases, tmp_path, opened)
 
 
 def begun(directory):
@@ -194,12 +209,15 @@ def answering(path):
     return saved(decoder(path, "Qwen3ForCausalLM"), answers=(300, 301))
 
 
-def test_damaged_heads_of_rerankers_are_refused(tmp_path):
-    directories = [tmp_path / str(index) for index in range(len(DAMAGED_RERANKERS))]
-    for directory, (build, _) in zip(directories, DAMAGED_RERANKERS.values(), strict=True):
-        build(directory)
-    (results,) = run_on_ranks(own_scores, 1, [(str(directory), "what is a fox") for directory in directories])
-    assert_all_refused(results, {name: words for name, (_, words) in DAMAGED_RERANKERS.items()})
+def scored(directories):
+    """Called by all ranks."""
+    return own_scores([(directory, "what is a fox") for directory in directories])
+
+
+@pytest.mark.parametrize("cases", quick_first(
+    DAMAGED_RERANKERS, ["no pooler", "pooler bias of one", "no score", "another matrix"]))
+def test_damaged_heads_of_rerankers_are_refused(cases, tmp_path):
+    assert_damage_refused(cases, tmp_path, scored)
 
 
 @pytest.mark.slow

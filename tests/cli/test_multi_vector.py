@@ -90,6 +90,44 @@ def test_a_run_trains_saves_and_exports(tmp_path):
     assert settings["query_expansion"] == {"strategy": "fixed", "attend": False, "token": None, "length": 24}
 
 
+def dimensions(directory, **embedding):
+    """Numbers of a token's vector in a run, by the model and by the plan."""
+    from megatron_embed.config.load import config_of_overrides
+    from megatron_embed.config.vector_format import with_format
+    from megatron_embed.loading.model_directory import find_model
+    from megatron_embed.planning.parameters import vector_width
+
+    config = config_of_overrides([f"model.path={directory}", *(
+        f"embedding.{key}={value}" for key, value in embedding.items())])
+    model = find_model(directory)
+    settings = with_format(config.embedding, model.saved.vectors)
+    return model.of_run(settings).dim(settings), vector_width(config, model.shape)
+
+
+def test_a_run_adds_a_projection_to_a_model_without_vectors_of_tokens_alone(tmp_path):
+    plain = str(save_directory(tmp_path / "plain", kind="bert"))
+    several = add_token_modules(save_directory(tmp_path / "several", kind="bert"), "plain")
+    none = without_dense(several, tmp_path / "none")
+    assert dimensions(plain, head="multi_vector") == (128, 128)
+    assert dimensions(str(several)) == dimensions(str(several), head="multi_vector") == (12, 12)
+    assert dimensions(none) == dimensions(none, head="multi_vector") == (32, 32)
+    assert dimensions(none, embedding_dim=16) == (16, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, modules", [(None, ["MultiVectorMask", "Normalize"]),
+                                            (16, ["Dense", "MultiVectorMask", "Normalize"])])
+def test_a_run_of_a_model_without_dense_modules(width, modules, tmp_path):
+    whole = add_token_modules(save_directory(tmp_path / "model", kind="bert"), "plain")
+    values = run_values(without_dense(whole, tmp_path / "none"), tmp_path / "run")
+    values["embedding"] = {} if width is None else {"embedding_dim": width}
+    results = run_on_ranks(train_and_load, 2, values)
+    assert_equal(results[0][1], tmp_path / "run-export", "export")
+    assert results[0][1]["query"][0].shape[1] == (width or 32)
+    entries = json.loads((tmp_path / "run-export" / "modules.json").read_text())
+    assert [entry["type"].rpartition(".")[2] for entry in entries[1:]] == modules
+
+
 def maxsim_orders(folder, directory):
     """[(query id, document ids, scores)] by Sentence Transformers, best first."""
     rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
