@@ -2,12 +2,14 @@
 that names the tensor; nothing random in place of what is missing."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SparseEncoder
 
+from megatron_embed.errors import CheckpointError
 from tests.helpers.foreign_heads import TEXTS, changed, copied, opened, sparse_model
 from tests.helpers.foreign_rerankers import decoder, edit, encoder, own_scores, saved, stock_scores
 from tests.helpers.ranks import run_on_ranks
@@ -280,3 +282,57 @@ def test_a_checkpoint_of_a_damaged_head_is_refused(tmp_path):
         directories.append(str(tmp_path / f"{name} checkpoint"))
     (results,) = run_on_ranks(opened, 1, directories)
     assert_all_refused(results, {"matrix": ("lm_head.weight is another matrix",), "none": ("decoder.weight",)})
+
+
+def with_head(checkpoint, path, tensors):
+    """A copy of a checkpoint with a trained head of these tensors."""
+    from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
+
+    shutil.copytree(checkpoint, path, ignore=shutil.ignore_patterns("model"))
+    (path / "model").mkdir()
+    with DcpReader(checkpoint / "model") as reader, DcpWriter(path / "model") as writer:
+        for key in reader.keys():  # noqa: SIM118  a reader is not a mapping
+            writer.add(key, reader.read(key))
+        for name, tensor in tensors.items():
+            writer.add(f"model.head.{name}", tensor)
+    return path
+
+
+@pytest.mark.slow
+def test_a_trained_head_that_is_not_the_models_is_refused(tmp_path):
+    """Padded rows of the vocabulary are left out; rows that are missing, and other tensors, are not made up."""
+    from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
+
+    model = sparse_model(tmp_path / "model")
+    hf_to_megatron(model, tmp_path / "checkpoint")
+    stored, prefix = tensors_of(model), "cls.predictions.transform."
+    head = {"dense.weight": stored[f"{prefix}dense.weight"], "dense.bias": stored[f"{prefix}dense.bias"],
+            "norm.weight": stored[f"{prefix}LayerNorm.weight"], "norm.bias": stored[f"{prefix}LayerNorm.bias"],
+            "bias": torch.cat([stored["cls.predictions.bias"], torch.zeros(1)])}
+    damaged = {"rows": head | {"bias": torch.ones(300)}, "axes": head | {"dense.bias": torch.ones(1)},
+               "one": {"weight": torch.ones(1, 32)}, "norm": {key: head[key] for key in head if key != "norm.bias"}}
+    paths = {name: str(with_head(tmp_path / "checkpoint", tmp_path / name, tensors))
+             for name, tensors in {"padded": head, **damaged}.items()}
+    ((ours, *errors),) = run_on_ranks(opened, 1, list(paths.values()))
+    assert_stock(ours, model)
+    assert_all_refused(errors, {
+        "rows": ("model.head.bias is [300]", "[509]"), "axes": ("model.head.dense.bias is [1]", "[32]"),
+        "one": ("no such tensor",), "norm": ("model.head.norm.bias is none",)})
+    for name in damaged:
+        with pytest.raises(CheckpointError, match=r"model\.head\."):
+            megatron_to_hf(paths[name], tmp_path / "export")
+        assert not (tmp_path / "export").exists()
+    megatron_to_hf(paths["padded"], tmp_path / "export")
+    assert_bit_equal(tensors_of(tmp_path / "export"), stored)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_the_whole_head_is_not_exported(tmp_path):
+    from megatron_embed.convert.convert import hf_to_megatron
+    from megatron_embed.export.formats import export_cross_encoder_model
+    from megatron_embed.export.verified_write import ExportOptions
+
+    hf_to_megatron(changed(encoder(tmp_path / "model"), bert__pooler__dense__bias=None), tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"no classifier \(bert\.pooler\.dense\.bias\)"):
+        export_cross_encoder_model(str(tmp_path / "checkpoint"), str(tmp_path / "export"), ExportOptions(compare=False))
+    assert not (tmp_path / "export").exists()
