@@ -91,6 +91,11 @@ DAMAGED_OTHERS = {
     "bert, untied, no matrix": (
         lambda path: changed(sparse_model(path, tie_word_embeddings=False), cls__predictions__decoder__weight=None),
         ("has no cls.predictions.decoder.weight",)),
+    "modernbert, another matrix": (lambda path: changed(sparse_model(path, "ModernBert"), decoder__weight=MATRIX),
+                                   ("decoder.weight is another matrix than model.embeddings.tok_embeddings.weight",)),
+    "xlm-roberta, another matrix": (
+        lambda path: changed(sparse_model(path, "XLMRoberta"), lm_head__decoder__weight=MATRIX),
+        ("lm_head.decoder.weight is another matrix than roberta.embeddings.word_embeddings.weight",)),
     "modernbert, a bias that config.json denies": (
         lambda path: changed(sparse_model(path, "ModernBert", decoder_bias=False), decoder__bias=BIAS),
         ("holds decoder.bias",)),
@@ -146,6 +151,18 @@ def quick_first(cases, quick):
     DAMAGED_OTHERS, ["bert, untied, the first bias alone", "qwen3, another matrix"]))
 def test_other_damaged_heads_of_sparse_models_are_refused(cases, tmp_path):
     assert_damage_refused(cases, tmp_path, opened)
+
+
+def test_the_tables_name_every_tied_output_matrix():
+    from megatron_embed.convert.head_tensors import CLASSES, SCORE_NAMES, lm_head_name
+    from megatron_embed.convert.tables.lookup import rules_for
+    from megatron_embed.convert.vocabulary_tensors import MASKED_LM_NAMES
+
+    names = {family: lm_head_name(family) for family in CLASSES if family not in SCORE_NAMES}
+    names |= {family: of_family["weight"] for family, of_family in MASKED_LM_NAMES.items()}
+    assert len(names) > 15
+    for family, name in names.items():
+        assert name in dict(rules_for(family).tied), family
 
 
 def begun(directory):
