@@ -352,7 +352,7 @@ class RoleTokenizer:
         if used >= self._max_lengths[role]:
             key = self._length_keys[role]
             raise ConfigError(f"{key} = {self._max_lengths[role]} tokens: the prompt {shortened(prompt)} and the "
-                              f"special tokens take {used} of them, which leaves none for text; raise {key} or use a "
+                              f"special tokens take {used} of them, which leaves none for text; raise it or use a "
                               f"shorter {role} prompt", key=key)
         self._checked.add((role, prompt))
 
