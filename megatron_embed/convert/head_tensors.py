@@ -36,8 +36,7 @@ DECODER_SCORE."""
 DECODER_SCORE: Mapping[str, str] = {"weight": "score.weight"}
 _SAVED_MODULES: Mapping[str, tuple[str, ...]] = {
     "bert": ("classifier", "pooler"), "roberta": ("classifier",), "xlm-roberta": ("classifier",),
-    "modernbert": ("classifier", "head"), "deberta-v2": ("classifier", "pooler"),
-    "nomic_bert": ("classifier", "pooler")}
+    "modernbert": ("classifier", "head"), "deberta-v2": ("classifier", "pooler")}
 CLASSES: Mapping[str, str] = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "modernbert": "ModernBert", "qwen2": "Qwen2",
     "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral",
