@@ -134,8 +134,8 @@ class HFDirectory:
     def _open_files(self) -> None:
         index_file = self.path / INDEX_FILE
         for file in self.path.glob(_SHARDS_OF_RANKS):
-            raise CheckpointError(f"{file}: a checkpoint that several ranks of Transformers wrote, which it reads in place "
-                                  f"of {SINGLE_FILE}; save it with Transformers as a whole model, or remove the file")
+            raise CheckpointError(f"{file}: of a checkpoint that several ranks wrote, with which Transformers reads "
+                                  "all weight files; save the model with it elsewhere, or remove the file")
         if (self.path / SINGLE_FILE).is_file():
             self._files[SINGLE_FILE] = SafetensorsFile(self.path / SINGLE_FILE)
             return

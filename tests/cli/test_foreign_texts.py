@@ -6,7 +6,7 @@ import shutil
 import pytest
 from sentence_transformers import MultiVectorEncoder
 
-from megatron_embed.data.tokenizer import load_tokenizer
+from megatron_embed.data.load_tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.loading.model_directory import find_model, open_role_tokenizer
 from megatron_embed.models.saved_settings import read_saved_settings
