@@ -107,6 +107,7 @@ OTHER_NAMES = {
     "t5-gate": ("t5", {"is_gated_act": True}, ("is_gated_act", True)),
     "t5-decoder": ("t5", {"is_decoder": True}, ("is_decoder", True)),
     "experts": ("qwen3_moe", {"num_local_experts": 2}, ("num_local_experts", 2)),
+    "causal-encoder": ("bert", {"is_causal": True}, ("is_causal", True)),
     "causal": ("qwen3", {"is_causal": None}, ("is_causal", None)),
     "weights": ("bert", {"transformers_weights": "other.safetensors"}, ("transformers_weights", "other.safetensors")),
 }
