@@ -127,6 +127,13 @@ def test_a_key_that_transformers_takes_in_place_of_another_is_refused(tmp_path, 
     assert f"config.json: {key} = {given!r}" in str(error.value)
 
 
+def test_a_rope_for_each_type_of_layers_is_refused_where_all_are_the_same(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values_of("qwen3") | {"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 50.0}}}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"rope_parameters\.'full_attention' is an object"):
+        model_shape(tmp_path)
+
+
 def test_the_same_value_under_both_names_passes(tmp_path):
     for family, added in (("modernbert", {"sliding_window": 64, "head_dim": 8}),
                           ("t5", {"hidden_size": 32, "dense_act_fn": "relu", "is_gated_act": False}),
