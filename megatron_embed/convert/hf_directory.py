@@ -26,6 +26,8 @@ from megatron_embed.models.quantized_weight import QuantizedTensor, restored_who
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SHARDS_OF_RANKS = f"shard-{'[0-9]' * 5}-model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"
+"""Names of the weight files of a checkpoint that several ranks wrote."""
 
 
 class HFDirectory:
@@ -131,6 +133,9 @@ class HFDirectory:
 
     def _open_files(self) -> None:
         index_file = self.path / INDEX_FILE
+        for file in self.path.glob(_SHARDS_OF_RANKS):
+            raise CheckpointError(f"{file}: of a checkpoint that several ranks wrote, with which Transformers reads "
+                                  "all weight files; save the model with it elsewhere, or remove the file")
         if (self.path / SINGLE_FILE).is_file():
             self._files[SINGLE_FILE] = SafetensorsFile(self.path / SINGLE_FILE)
             return

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_embed.data.jsonl import shortened
-from megatron_embed.data.tokenizer import add_lowercase, load_tokenizer
+from megatron_embed.data.load_tokenizer import add_lowercase, load_tokenizer
 from megatron_embed.errors import CheckpointError, ConfigError, DataError
 
 QWEN3_RERANKER_TEMPLATE = (

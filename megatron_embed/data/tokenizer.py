@@ -4,21 +4,15 @@ import copy
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from tokenizers import normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from megatron_embed.config.json_file import read_optional_json_object
 from megatron_embed.config.vector_format import VectorFormat
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
-from megatron_embed.data.normalizer_growth import refuse_growth_in_file, refuse_growth_of
+from megatron_embed.data.load_tokenizer import add_lowercase, load_tokenizer
 from megatron_embed.data.token_cache import Prompted, TokenCache, TokenizedText, tokenizer_digest
 from megatron_embed.data.token_vectors import TokenVectors, keep_prompts_whole
 from megatron_embed.data.tokenized import TokenizedRows
-from megatron_embed.data.vocabulary import has_tokenizer_files, loading_error, refuse_large_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.names import MessageFormat, Role, TruncationSide
 
@@ -48,76 +42,9 @@ class TextFormat:
     """False: the model's pooling leaves out the tokens of a prompt, which is not computed: prompts are refused."""
 
 
-def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: bool = False) -> Any:
-    """The tokenizer of a model directory; never fetched.
-
-    Args:
-        vocab_size: rows of the model's word embeddings; None: ids are not compared with it.
-        added_may_exceed: tokens that were added to the vocabulary may lack a row; the caller then checks the ids.
-    Raises:
-        CheckpointError: the tokenizer cannot be used, or has a token that the model lacks a row for.
-    """
-    directory = Path(model_dir)
-    if not directory.is_dir():
-        raise CheckpointError(f"{model_dir}: no such directory; name a model directory with tokenizer files")
-    if not has_tokenizer_files(directory):
-        raise CheckpointError(f"{model_dir}: no tokenizer files; copy tokenizer.json and tokenizer_config.json of the "
-                              "model into it")
-    refuse_large_files(directory)
-    refuse_growth_in_file(directory)
-    try:
-        tokenizer = open_tokenizer(directory)
-        refuse_growth_of(tokenizer, model_dir)
-        tokenizer(["a b"], verbose=False)  # some wrong values are only read here, such as a list for model_max_length
-    except CheckpointError:
-        raise
-    except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
-        raise loading_error(directory, error) from error
-    if vocab_size is not None:
-        # Refused here, before the first text: a rank that holds no such row would look up zeros, another would fail.
-        added = set(tokenizer.added_tokens_decoder) if added_may_exceed else set()
-        ids = (item for item in tokenizer.get_vocab().items() if item[1] not in added)
-        token, largest = max(ids, key=lambda item: item[1], default=("", -1))
-        if largest >= vocab_size:
-            raise CheckpointError(f"{model_dir}: its tokenizer gives {shortened(token)} the id {largest}, but the "
-                                  f"model ends at id {vocab_size - 1} (config.json: vocab_size = {vocab_size}); copy "
-                                  "the model's own tokenizer there, or give the model more rows (Transformers: "
-                                  "resize_token_embeddings)")
-    return tokenizer
-
-
-def open_tokenizer(directory: Path) -> Any:
-    """The tokenizer as Transformers loads it; InternLM's, whose classes are code that comes with the model, by its
-    tokenizer.json alone. May raise anything."""
-    values = read_optional_json_object(directory / "tokenizer_config.json")
-    if not str(values.get("tokenizer_class")).startswith("InternLM"):
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    if not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"tokenizer_class = {values['tokenizer_class']!r} is code that comes with the model, which is "
-                         "never run, and there is no tokenizer.json, which needs none; if you trust that code, let "
-                         "Transformers' AutoTokenizer write one (trust_remote_code=True, save_pretrained)")
-    return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-
-
 def fill_template(prompt: str, instruction: str | None) -> str:
     """The prompt with the instruction in its place, if there is one."""
     return prompt if instruction is None else prompt.replace(_PLACEHOLDER, instruction)
-
-
-def add_lowercase(tokenizer: Any) -> None:
-    """Make a fast tokenizer lowercase every text first, unless it does so already.
-
-    Raises:
-        CheckpointError: it is a slow one.
-    """
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"{tokenizer.name_or_path}: sentence_bert_config.json says do_lower_case = True, and the "
-                              "tokenizer is a slow one, which cannot be made to; save it once with Transformers as "
-                              "tokenizer.json")
-    own = tokenizer.backend_tokenizer.normalizer
-    steps = [] if own is None else list(own) if isinstance(own, normalizers.Sequence) else [own]
-    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
-        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 _PLAIN = TextFormat()
@@ -190,19 +117,21 @@ class RoleTokenizer:
 
         # The tokenizer adds no special tokens around a chat template.
         self._num_prefix, self._suffix = (0, []) if self._chat is not None else self._special_tokens(model_dir)
-        self._eos: list[int] = []
-        if add_eos and not self._suffix and self._chat is None:
-            if self.eos_token_id is None:
-                raise CheckpointError(f"{model_dir}: its tokenizer names no eos_token, which last-token pooling needs; "
-                                      "set it in tokenizer_config.json or choose another pooling, such as mean")
-            self._require_rows([[self.eos_token_id]])
-            self._eos = [self.eos_token_id]
+        self._eos = self._added_eos() if add_eos and not self._suffix and self._chat is None else []
         if _PLACEHOLDER in document_prompt:
             raise ConfigError(f"data.document_prompt = {document_prompt!r}: only data.query_prompt can hold "
                               f"{_PLACEHOLDER}; write the document's prompt out", key="data.document_prompt")
         for role, prompt in self._prompts.items():
             if _PLACEHOLDER not in prompt:
                 self._check_prompt_length(role, prompt)
+
+    def _added_eos(self) -> list[int]:
+        """The EOS, as ids that are appended to every text."""
+        if self.eos_token_id is None:
+            raise CheckpointError(f"{self._model_dir}: its tokenizer names no eos_token, which last-token pooling "
+                                  "needs; set it in tokenizer_config.json or choose another pooling, such as mean")
+        self._require_rows([[self.eos_token_id]])
+        return [self.eos_token_id]
 
     @property
     def needs_instructions(self) -> bool:
@@ -352,7 +281,7 @@ class RoleTokenizer:
         if used >= self._max_lengths[role]:
             key = self._length_keys[role]
             raise ConfigError(f"{key} = {self._max_lengths[role]} tokens: the prompt {shortened(prompt)} and the "
-                              f"special tokens take {used} of them, which leaves none for text; raise {key} or use a "
+                              f"special tokens take {used} of them, which leaves none for text; raise it or use a "
                               f"shorter {role} prompt", key=key)
         self._checked.add((role, prompt))
 

@@ -178,7 +178,7 @@ def library_versions() -> dict[str, str]:
 
 def load_export_tokenizer(directory: Path) -> Any:
     """The directory's tokenizer as Transformers loads it. Raises CheckpointError if it cannot."""
-    from megatron_embed.data.tokenizer import open_tokenizer
+    from megatron_embed.data.load_tokenizer import open_tokenizer
 
     check_tokenizer_names(directory)
     try:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.data.chat_template import UnfitTemplateError, has_chat_template, pair_template_from_chat
+from megatron_embed.data.load_tokenizer import load_tokenizer
 from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_INSTRUCTION, QWEN3_RERANKER_TEMPLATE, PairTemplate
-from megatron_embed.data.tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.cross_encoder_settings import CrossEncoderSettings, read_cross_encoder

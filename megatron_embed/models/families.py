@@ -274,7 +274,12 @@ def model_shape(directory: str | Path) -> ModelShape:
                               f"families: {', '.join(FAMILIES)}")
     CONFIG.check(Path(file), values)
     try:
-        return FAMILIES[kind](HFConfig(values, file))
+        config = HFConfig(values, file)
+        shape = FAMILIES[kind](config)
+        if shape.bidirectional:
+            config.refuse_unless("is_causal", (None, False), "tokens see the whole text here, and in Transformers only "
+                                 "those before them, by some kernels; remove the key")
+        return shape
     except CheckpointError as error:
         text = str(error)
         raise CheckpointError(text if text.startswith(file) else f"{file}: {text}; download the file again") from error

@@ -146,6 +146,11 @@ def _rotary(config: HFConfig, parameters: Any, default: float, *,
             partial: bool = False) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling from one object of parameters; `default`: the base, if it has none."""
     _check_object(config, parameters)
+    nested = next((key for key, value in parameters.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise CheckpointError(f"{config.file}: rope_parameters.{shown(nested)} is an object, and a "
+                              f"{config.values.get('model_type')} model has the same rope in all layers; write its "
+                              "keys in its place")
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
     for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
                 "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):

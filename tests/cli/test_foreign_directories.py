@@ -89,6 +89,12 @@ HONOURED = {
                                                                 "document_length": 20}),
     "length-of-arguments": lambda path: save_directory(path, sbert={
         "max_seq_length": 30, "processor_kwargs": {"model_max_length": 12}, "model_args": {"torch_dtype": "float32"}}),
+    "older-name-of-arguments": lambda path: save_directory(path, sbert={
+        "max_seq_length": 30, "processor_kwargs": {"model_max_length": 20}, "tokenizer_args": {"model_max_length": 7}}),
+    "no-limit": lambda path: save_directory(path, sbert={
+        "max_seq_length": 10, "processor_kwargs": {"model_max_length": 10**30}}),
+    "empty-file": lambda path: write(save_directory(path) / "sentence_bert_config.json", {}) or write(
+        path / "sentence_roberta_config.json", {"max_seq_length": 9}),
     "length-of-the-call": lambda path: save_directory(path, sbert={
         "max_seq_length": 30, "query_length": 9, "processing_kwargs": {"text": {"max_length": 11}}}),
     "older-name": lambda path: (save_directory(path) / "sentence_bert_config.json").rename(
@@ -143,7 +149,8 @@ def test_vectors_are_the_stock_library_s(directories, ours, name):
 
 
 def test_the_cases_differ_from_the_plain_directory(ours):
-    for name in ("cased", "left", "chat", "lengths-by-role", "length-of-arguments", "new-spelling"):
+    for name in ("cased", "left", "chat", "lengths-by-role", "length-of-arguments", "new-spelling",
+                 "older-name-of-arguments", "no-limit", "empty-file"):
         assert abs(ours[name]["query"] - ours["plain"]["query"]).max() > 1e-3, name
     assert abs(ours["cased"]["query"] - ours["lower-case"]["query"]).max() > 1e-3
 
@@ -225,6 +232,10 @@ REFUSED = {
     "no-special-tokens": (dict(sbert={"processing_kwargs": {"text": {"add_special_tokens": False}}}),
                           ["processing_kwargs.text.add_special_tokens = False"]),
     "length": (dict(sbert={"max_seq_length": -1}), ["max_seq_length = -1", "above 0"]),
+    "no-length-of-arguments": (dict(sbert={"max_seq_length": 9, "processor_kwargs": {"model_max_length": None}}),
+                               ["processor_kwargs.model_max_length = None", "remove the key"]),
+    "no-length-of-the-call": (dict(sbert={"query_length": 9, "processing_kwargs": {"text": {"max_length": None}}}),
+                              ["processing_kwargs.text.max_length = None", "remove the key"]),
     "length-of-text": (dict(sbert={"max_seq_length": "16"}), ["max_seq_length = '16'"]),
     "max": (dict(pooling={"word_embedding_dimension": 32, "pooling_mode_max_tokens": True}),
             ["1_Pooling/config.json", "pooling_mode_max_tokens = True"]),
@@ -257,6 +268,8 @@ MODULES = {
     "weights": ({"type": "sentence_transformers.models.WeightedLayerPooling", "path": "1_W"}, "WeightedLayerPooling"),
     "second pooling": ({"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}, "in this order"),
     "key": ({"type": "sentence_transformers.models.Normalize", "path": "", "device": "cpu"}, "device = 'cpu'"),
+    "name twice": ({"type": "sentence_transformers.models.Normalize", "path": "", "name": "1"}, "name = '1' stands at"),
+    "no name": ({"type": "sentence_transformers.models.Normalize", "path": "", "name": None}, "name = None of module"),
 }
 
 

@@ -40,7 +40,7 @@ def config_file(folder, model, **sections):
 def test_options_of_encode_are_called_as_they_are_written(model, texts):
     assert_refused(run_on_ranks(command, 2, encode("nope", texts)), "error: --model = 'nope': no such directory")
     assert_refused(run_on_ranks(command, 1, encode(MINILM, texts, "--max-length", "2")),
-                   "error: --max-length = 2 tokens", "raise --max-length")
+                   "error: --max-length = 2 tokens", "raise it")
     assert_refused(run_on_ranks(command, 1, encode(texts, texts)), f"error: --model = {texts!r}: a file")
     assert_refused(run_on_ranks(command, 1, encode("", texts)), "--model", "empty")
 

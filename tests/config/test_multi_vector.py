@@ -62,3 +62,16 @@ def test_what_is_not_set_is_the_model_s_own():
     changed = with_format(EmbeddingConfig(query_expansion=0, skiplist_words=()), own)
     assert format_of_run(changed, own) == VectorFormat()
     assert format_of_run(with_format(EmbeddingConfig(head="dense"), own), own) is None
+
+
+def test_an_export_names_no_query_length_below_that_of_the_expansion():
+    """Sentence Transformers does not load one; a run raises it in the same way."""
+    from megatron_embed.config.vector_format import QueryExpansion, VectorFormat
+    from megatron_embed.export.multi_vector import lengths
+    from megatron_embed.models.saved_settings import SavedSettings
+
+    for query, truncates, expected in ((8, False, 14), (20, False, 20), (8, True, None)):
+        vectors = VectorFormat(expansion=QueryExpansion(length=14, truncates=truncates))
+        keys = lengths(SavedSettings(vectors=vectors, role_lengths={"query": query, "document": 30}))
+        assert (keys.get("query_length"), keys["document_length"], keys["query_expansion"]["length"]) == (
+            expected, 30, 14)

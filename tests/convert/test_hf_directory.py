@@ -110,6 +110,9 @@ REFUSALS = {
                              r"model-00002-of-00002.safetensors: tensor norm.weight is also in model-00001-of-00002"),
     "bytes behind the tensors": (lambda path: append(path / "model.safetensors", b"\0" * 8),
                                  r"model.safetensors: more than its tensors: \d+ bytes, but its header describes \d+"),
+    "checkpoint of ranks": (
+        lambda path: shutil.copy(path / "model.safetensors", path / "shard-00000-model-00001-of-00001.safetensors"),
+        r"shard-00000-model-00001-of-00001.safetensors: of a checkpoint that several ranks wrote"),
     "index without map": (lambda path: add_index(path, lambda index, shard: index.pop("weight_map")),
                           "no usable weight_map"),
     "index leaves the directory": (

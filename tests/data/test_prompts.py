@@ -95,7 +95,7 @@ def test_a_prompt_without_room_for_text_is_refused(minilm_dir: str):
     prompt = "a b c d e f"  # six tokens, and two special ones
     make(minilm_dir, query_prompt=prompt, query_max_length=9)
     message = ("data.query_max_length = 8 tokens: the prompt 'a b c d e f' and the special tokens take 8 of them, "
-               "which leaves none for text; raise data.query_max_length or use a shorter query prompt")
+               "which leaves none for text; raise it or use a shorter query prompt")
     with pytest.raises(ConfigError, match=message):
         make(minilm_dir, query_prompt=prompt, query_max_length=8)
     with pytest.raises(ConfigError, match="data.document_max_length = 8 tokens"):

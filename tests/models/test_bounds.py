@@ -12,7 +12,7 @@ from megatron_embed.config.json_file import DEEPEST, LARGEST_FILE, read_json_fil
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.peft import PeftAdapter
 from megatron_embed.convert.tables.lookup import rules_for
-from megatron_embed.data.tokenizer import load_tokenizer
+from megatron_embed.data.load_tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models import families
 from megatron_embed.models.families import FAMILIES, model_shape
