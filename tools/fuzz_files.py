@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import fuzz_directories as directories
 
+OWN = ("log", "vectors", "orthogonal", "mlp")
+"""Names of the directories that this program damages."""
 _ODD_LINES = ("[" * 100_000, "[]", "{", "7", '{"step": Infinity}', '{"step": ' + "9" * 400 + "}", "\0" * 1000, "")
 
 
@@ -54,8 +56,7 @@ def make_toys(folder: Path) -> dict[str, Path]:
     for kind, tensors in maps.items():
         VectorMap(kind=kind, tensors=tensors, unit_length=True).write(  # type: ignore[arg-type]
             str(folder / kind), {"cosine": 0.5})
-    return {"log": folder / "log", "vectors": folder / "vectors", **{kind: folder / kind for kind in maps},
-            "bert": made["bert"]}
+    return {**made, **{name: folder / name for name in OWN}}
 
 
 def change_line(case: Path, rng: random.Random) -> str:
@@ -124,8 +125,8 @@ def command(toy: str, toys: Path, case: Path, rng: random.Random) -> list[str]:
 
 def run_case(index: int, seed: int, toys: dict[str, Path], case: Path) -> directories.Outcome:
     """As that of fuzz_directories."""
-    chosen = {name: path for name, path in toys.items() if name != "bert"}
-    return directories.run_case(index, seed, chosen, case, changes=CHANGES, command=command, codes=(0, 1, 2, 3))
+    return directories.run_case(index, seed, {name: toys[name] for name in OWN}, case, changes=CHANGES,
+                                command=command, codes=(0, 1, 2, 3))
 
 
 if __name__ == "__main__":
