@@ -1,9 +1,9 @@
-"""Corrupt logs of runs, maps of vectors, directories of vectors and indexes at random, and run the program on each.
+"""Corrupt logs of runs, maps of vectors and directories of vectors at random, and run the program on each.
 
     python tools/fuzz_files.py --count 300 --seed 0
 
-As tools/fuzz_directories.py, whose options it has, for the files that `doctor --run`, `audit`, `migrate` and `search`
-read. A case must end with exit code 0 or 2 (`doctor`: also 1, which says that it has found something; `audit`: also 3),
+As tools/fuzz_directories.py, whose options it has, for the files that `doctor --run`, `audit` and `migrate` read. A
+case must end with exit code 0 or 2 (`doctor`: also 1, which says that it has found something; `audit`: also 3),
 without a traceback, within the same limits.
 """
 
@@ -46,9 +46,8 @@ def make_toys(folder: Path) -> dict[str, Path]:
         shutil.rmtree(path)
     (folder / "log" / "latest").unlink()
     rows = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
-    for name in ("vectors", "index"):
-        writer = ShardWriter(str(folder / name), {"texts": [str(folder / "texts.jsonl"), 1, 2]}, rows=len(rows), dim=6)
-        writer.write(0, rows)
+    writer = ShardWriter(str(folder / "vectors"), {"texts": [str(folder / "texts.jsonl"), 1, 2]}, rows=len(rows), dim=6)
+    writer.write(0, rows)
     np.save(folder / "old.npy", rows.numpy())
     maps = {"orthogonal": {"weight": torch.randn(6, 4)}, "mlp": {
         "weight": torch.randn(6, 4), "bias": torch.randn(4), "hidden_weight": torch.randn(6, 3),
