@@ -378,12 +378,16 @@ CHANGES = (change_bytes, change_header, truncate, remove, change_json, change_js
            change_metadata, add_pickle, add_python, add_link, add_pipe, add_folder_link, change_config, change_config)
 
 
-def change(toy: str, case: Path, rng: random.Random) -> str:
+Change = Callable[[Path, random.Random], str]
+Command = Callable[[str, Path, Path, random.Random], list[str]]
+
+
+def change(toy: str, case: Path, rng: random.Random, changes: Sequence[Change] = CHANGES) -> str:
     """Apply one to three changes; a change whose files the toy lacks is replaced by `change_bytes`."""
     descriptions = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         try:
-            descriptions.append(rng.choice(CHANGES)(case, rng))
+            descriptions.append(rng.choice(changes)(case, rng))
         except (IndexError, ValueError, TypeError, AttributeError, pickle.UnpicklingError, OSError, EOFError, KeyError):
             try:
                 descriptions.append(change_bytes(case, rng))
@@ -450,8 +454,13 @@ def _virtual() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
-def run_case(index: int, seed: int, toys: dict[str, Path], case: Path) -> Outcome:
-    """Create a case in the empty folder `case`, run it, and check the result."""
+def run_case(index: int, seed: int, toys: dict[str, Path], case: Path, *, changes: Sequence[Change] = CHANGES,
+             command: Command = command, codes: Sequence[int] = (0, 2)) -> Outcome:
+    """Create a case in the empty folder `case`, run it, and check the result.
+
+    Args:
+        codes: exit codes that are no fault.
+    """
     from megatron_embed.__main__ import main
 
     rng = random.Random(f"{seed}-{index}")
@@ -461,14 +470,14 @@ def run_case(index: int, seed: int, toys: dict[str, Path], case: Path) -> Outcom
     for name in ("kept", "config.json", "model.safetensors"):
         (case / "outside" / name).write_text("another owner's file\n", encoding="utf-8")
     shutil.copytree(toys[toy], case / "model", symlinks=True)
-    what = change(toy, case, rng)
+    what = change(toy, case, rng, changes)
     arguments = command(toy, toys[toy].parent, case, rng)
     kept = {name: tree(path) for name, path in
             (("the directory", case / "model"), ("outside", case / "outside"), ("the toys", toys[toy].parent))}
     code, text, seconds, peak = in_child(lambda: main(arguments), case / "log", seconds=SECONDS, memory=MEMORY,
                                          home=case / "home")
     faults = []
-    if code not in (0, 2):
+    if code not in codes:
         faults.append("hung" if code == -signal.SIGALRM else f"exit code {code}")
     if "Traceback" in text:
         faults.append("traceback")
@@ -485,16 +494,17 @@ def run_case(index: int, seed: int, toys: dict[str, Path], case: Path) -> Outcom
 
 
 def fuzz(indices: Sequence[int], seed: int, folder: Path, *, keep: bool = False,
-         report: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+         report: Callable[[Outcome], None] = lambda outcome: None,
+         make: Callable[[Path], dict[str, Path]] = make_toys, run: Callable[..., Outcome] = run_case) -> list[Outcome]:
     """Run the cases; files of faulty cases stay in `folder`."""
     for module in PRELOADED:  # imported once, not in every child
         importlib.import_module(module)
     (folder / "toys").mkdir()
-    toys = make_toys(folder / "toys")
+    toys = make(folder / "toys")
     outcomes = []
     for index in indices:
         case = folder / f"case_{index}"
-        outcome = run_case(index, seed, toys, case)
+        outcome = run(index, seed, toys, case)
         report(outcome)
         outcomes.append(outcome)
         if not outcome.faults and not keep:
@@ -502,7 +512,7 @@ def fuzz(indices: Sequence[int], seed: int, folder: Path, *, keep: bool = False,
     return outcomes
 
 
-def main() -> int:
+def main(make: Callable[[Path], dict[str, Path]] = make_toys, run: Callable[..., Outcome] = run_case) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--first", type=int, default=0)
@@ -519,7 +529,7 @@ def main() -> int:
         outcomes.append(outcome)
         if outcome.faults or args.verbose or args.only is not None:
             sys.stdout.write(f"{outcome.index}: {', '.join(outcome.faults) or outcome.code} | {outcome.what} | "
-                             f"{outcome.message}\n")
+                             f"{outcome.peak_bytes >> 20} MiB | {outcome.message}\n")
             sys.stdout.flush()
 
     started = time.monotonic()
@@ -527,7 +537,7 @@ def main() -> int:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(KeyboardInterrupt):
-            fuzz(indices, args.seed, folder, keep=args.only is not None, report=report)
+            fuzz(indices, args.seed, folder, keep=args.only is not None, report=report, make=make, run=run)
     codes = collections.Counter(outcome.code for outcome in outcomes)
     faulty = [outcome for outcome in outcomes if outcome.faults]
     sys.stdout.write(

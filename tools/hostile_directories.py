@@ -19,7 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fuzz_directories import MEMORY, PRELOADED, Trap, in_child, make_toys, tree
+from fuzz_directories import MEMORY, PRELOADED, Trap, in_child, tree
+from fuzz_files import make_toys
 
 SECONDS = 30
 
@@ -96,7 +97,60 @@ def index_outside(case: Path) -> None:
     file.write_text(json.dumps(values), encoding="utf-8")
 
 
+def sparse(name: str) -> Callable[[Path], None]:
+    def write(case: Path) -> None:
+        (case / "model" / name).touch()
+        os.truncate(case / "model" / name, 6 << 30)
+
+    return write
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    def write(case: Path) -> None:
+        (case / "model" / name).write_text(content, encoding="utf-8")
+
+    return write
+
+
+def template(content: str) -> Callable[[Path], None]:
+    """Make the model one of chats."""
+    def write(case: Path) -> None:
+        from tests.helpers.foreign_directories_helpers import chat
+
+        (case / "model" / "sentence_bert_config.json").write_text(json.dumps(chat("flat")), encoding="utf-8")
+        (case / "model" / "chat_template.jinja").write_text(content, encoding="utf-8")
+
+    return write
+
+
+def normalizer(*contents: tuple[str, str]) -> Callable[[Path], None]:
+    """Replacements, one after the other."""
+    def write(case: Path) -> None:
+        file = case / "model" / "tokenizer.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["normalizer"] = {"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in contents]}
+        file.write_text(json.dumps(values), encoding="utf-8")
+
+    return write
+
+
+def tensors(**changes: list[int]) -> Callable[[Path], None]:
+    """Tensors of a map in other shapes."""
+    def write(case: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        file = case / "model" / "vector_map.safetensors"
+        save_file({**load_file(file), **{name: torch.ones(shape) for name, shape in changes.items()}}, file)
+
+    return write
+
+
 ENCODE, CONVERT, EXPORT, TRAIN = "encode", "convert", "export", "train"
+DOCTOR, AUDIT, MAP, MAPPED = "doctor", "audit", "map", "mapped"
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLED = "{% set ns = namespace(a='xx') %}{% for i in range(33) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}"
 CASES: tuple[tuple[str, str, str, Callable[[Path], None]], ...] = (
     ("`modules.json`: `path` is an absolute folder, `train`", "bert", TRAIN, modules("{case}/outside")),
     ("`modules.json`: `path` is `1_Pooling/../../outside`, `train`", "bert", TRAIN, modules("1_Pooling/../../outside")),
@@ -116,6 +170,22 @@ CASES: tuple[tuple[str, str, str, Callable[[Path], None]], ...] = (
     ("weights' header: a shape of fractions, `encode`", "bert", ENCODE, header(shape=[16.0], data_offsets=[0, 64.0])),
     ("weights' header: a shape of booleans, `encode`", "bert", ENCODE, header(shape=[True, 16])),
     ("weights' header: a terabyte long, in a sparse file, `convert`", "bert", CONVERT, long_header),
+    ("chat template `{{ 'x ' * 2000000000 }}`, `encode`", "bert", ENCODE, template("{{ 'x ' * 2000000000 }}")),
+    ("chat template that doubles a text 33 times, `encode`", "bert", ENCODE, template(DOUBLED)),
+    ("chat template of 10^10 turns, `encode`", "bert", ENCODE, template(LOOPS)),
+    ("a normalizer makes 10^8 letters of one, `encode`", "qwen3", ENCODE, normalizer(
+        ("a", "b" * 1000), ("b", "c" * 1000), ("c", "d e" * 100))),
+    ("`metrics.jsonl` is a link to `/dev/zero`, `doctor --run`", "log", DOCTOR, link("metrics.jsonl", "/dev/zero")),
+    ("`metrics.jsonl` is a pipe, `doctor --run`", "log", DOCTOR, pipe("metrics.jsonl")),
+    ("`metrics.jsonl` is 6 GiB of zeros, sparse, `doctor --run`", "log", DOCTOR, sparse("metrics.jsonl")),
+    ("`audit.jsonl` nested 10^5 deep, `audit`", "log", AUDIT, text("audit.jsonl", "[" * 100_000 + "\n")),
+    ("`audit.jsonl`: `step` is Infinity, `audit`", "log", AUDIT, text("audit.jsonl", '{"step": Infinity}\n')),
+    ("a map's `vector_map.json` is a link to `/dev/zero`, `migrate`", "mlp", MAP, link("vector_map.json", "/dev/zero")),
+    ("a map's `vector_map.safetensors` is a pipe, `migrate`", "mlp", MAP, pipe("vector_map.safetensors")),
+    ("a map's bias has one element, `migrate`", "mlp", MAP, tensors(bias=[1])),
+    ("a map's bias has a row for each vector, `migrate`", "mlp", MAP, tensors(bias=[80, 4])),
+    ("`vectors.json` nested 10^5 deep, `migrate`", "vectors", MAPPED, text("vectors.json", "[" * 100_000)),
+    ("a `.npy` file is a pipe, `migrate`", "vectors", MAPPED, pipe("000000.npy")),
 )
 
 
@@ -128,6 +198,13 @@ def arguments_of(kind: str, toys: Path, case: Path) -> list[str]:
         return ["convert", "hf-to-megatron", model, str(output / "made")]
     if kind == EXPORT:
         return ["convert", "megatron-to-hf", model, str(output / "made")]
+    if kind == DOCTOR:
+        return ["doctor", "--run", model]
+    if kind == AUDIT:
+        return ["audit", model, "--step", "1"]
+    if kind in (MAP, MAPPED):
+        old, vector_map = (str(toys / "old.npy"), model) if kind == MAP else (model, str(toys / "mlp"))
+        return ["migrate", "--old", old, "--map", vector_map, "--output", str(output / "made")]
     config = case / "run.yaml"
     config.write_text((toys / "run.yaml").read_text(encoding="utf-8").replace(
         json.dumps(str(toys / "bert")), json.dumps(model)).replace(
@@ -160,14 +237,16 @@ def show(name: str, toy: Path, kind: str, change: Callable[[Path], None], case: 
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="leave out the first N inputs")
+    first = parser.parse_args().first
     for module in PRELOADED:
         importlib.import_module(module)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "toys").mkdir()
         toys = make_toys(folder / "toys")
-        for index, (name, toy, kind, change) in enumerate(CASES):
+        for index, (name, toy, kind, change) in list(enumerate(CASES))[first:]:
             sys.stdout.write(show(name, toys[toy], kind, change, folder / f"case_{index}") + "\n")
             sys.stdout.flush()
     return 0

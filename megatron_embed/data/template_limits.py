@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_embed.errors import CheckpointError
 
-SECONDS = 5
+SECONDS = 2
 """Of the processor, for all trials of a template."""
 _WAITED_SECONDS = 120
 """The same of the clock, on a machine that is busy."""

@@ -230,7 +230,7 @@ def _texts_of_vectors(config: RunConfig, path: str) -> str:
     if config.objective.compatible_texts is not None:
         return config.objective.compatible_texts
     key, missing = "objective.compatible_with", "set objective.compatible_texts to the file that was encoded"
-    described = read_summary(path, f"{key} =").get("texts")
+    described = read_summary(path, key).get("texts")
     if described is None:
         raise ConfigError(f"{key} = {path!r}: does not say which texts its vectors are of; {missing}", key=key)
     status = os.stat(described[0]) if os.path.isfile(described[0]) else None
