@@ -223,9 +223,12 @@ def query_prompts(args: argparse.Namespace, records: Sequence[Record]) -> list[s
 
     if args.model == "bm25":
         return [""] * len(records)
-    prompt = args.query_prompt
-    if prompt is None:
-        prompt = find_model(args.model, "--model").saved.prompts.get("query", "")
+    saved = find_model(args.model, "--model").saved
+    prompt = saved.prompts.get("query", "") if args.query_prompt is None else args.query_prompt
+    if prompt and not saved.pools_prompts:
+        raise ConfigError(f"--query-prompt {prompt!r}: include_prompt = false in the pooling of {args.model} is not "
+                          "supported together with a prompt; set it to true, or leave the prompt out",
+                          key="--query-prompt")
     if "{instruction}" not in prompt:
         return [prompt] * len(records)
     for record in records:

@@ -1,5 +1,6 @@
 """Lengths, prompts and expanded queries of foreign directories: the stock library's token ids, or a refusal."""
 
+import argparse
 import json
 import shutil
 
@@ -9,6 +10,7 @@ from sentence_transformers import MultiVectorEncoder
 from megatron_embed.data.load_tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.loading.model_directory import find_model, open_role_tokenizer
+from megatron_embed.mining.mine import query_prompts
 from megatron_embed.models.saved_settings import read_saved_settings
 from tests.helpers.foreign_directories_helpers import change, save_directory, write
 from tests.helpers.multi_vector_reference import add_token_modules
@@ -137,6 +139,8 @@ def test_a_prompt_from_anywhere_is_refused_where_the_pooling_leaves_it_out(tmp_p
     tokenizer.tokenize(TEXTS, "query")
     with pytest.raises(ConfigError, match=message):
         tokenizer.tokenize(TEXTS, "query", prompts=[None, None, "look: ", None])
+    with pytest.raises(ConfigError, match=r"^--query-prompt 'look: ': include_prompt = false"):
+        query_prompts(argparse.Namespace(model=str(path), query_prompt="look: "), [])
 
 
 def test_a_length_and_a_value_of_config_json_are_named_by_their_files(tmp_path):
