@@ -141,6 +141,7 @@ VALUES = (None, "", ".", "..", [], {}, [[]], "x" * 10000, "\x1b[2J", "null", *NU
 
 def _files(model: Path, *suffixes: str) -> list[Path]:
     return sorted(path for path in model.rglob("*") if path.is_file() and not path.is_symlink()
+                  and path.stat().st_size < 1 << 30  # an earlier change made it sparse
                   and (not suffixes or path.name.endswith(suffixes)))
 
 
