@@ -1,5 +1,6 @@
 """A chat template of a model directory is a program: it is tried within limits before it is used."""
 
+import gc
 import os
 import resource
 import signal
@@ -32,6 +33,7 @@ def try_template(renderings: Iterable[Render], directory: str) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child does not have or need
         child = os.fork()
     if child == 0:
+        gc.freeze()  # a collection must not end the parent's process groups here, where their threads are not: an abort
         code = 0
         try:
             _limit()
