@@ -146,6 +146,11 @@ def read_resolved(path: str | Path) -> dict[str, Any]:
         if not isinstance(values.get(name, {}), dict):
             raise ConfigError(f"{path}: {name} = {values[name]!r:.80} must be a section of settings; the file is "
                               "damaged, take another checkpoint")
+    files = values.get("data", {}).get("train", [])
+    if not isinstance(files, list) or not all(isinstance(file, dict) and isinstance(file.get("path"), str)
+                                              for file in files):
+        raise ConfigError(f"{path}: data.train = {files!r:.80} must be a list of entries with a path; the file is "
+                          "damaged, take another checkpoint")
     return values
 
 

@@ -82,12 +82,13 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
 
 
 def _changed_entries(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-    """What differs between two lists of data.train, in words."""
+    """The differences between two lists of data.train, in words. Settings that an earlier version did not have are not
+    among them."""
     paths = [[entry["path"] for entry in entries] for entries in (before, now)]
     if paths[0] != paths[1]:
         return f"those of {', '.join(paths[0])}"
-    changes = [f"{new['path']}: {key} was {old.get(key)} and is {value}"
-               for old, new in zip(before, now, strict=True) for key, value in new.items() if old.get(key) != value]
+    changes = [f"{new['path']}: {key} was {old[key]} and is {value}" for old, new in zip(before, now, strict=True)
+               for key, value in new.items() if key in old and old[key] != value]
     return "; ".join(changes) or "the files are not the same"
 
 

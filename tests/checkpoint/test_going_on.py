@@ -84,6 +84,17 @@ def test_another_model_and_another_tokenizer_are_refused(write, model, tmp_path)
                    f"model.path = {str(other)!r}: its tokenizer gives other ids")
 
 
+@pytest.mark.parametrize("before, words", [
+    ({"score_range": []}, "a.jsonl: score_range was [] and is [0, 5]"), ({"path": "b.jsonl"}, "those of b.jsonl"),
+    ({}, "the files are not the same")])
+def test_changed_rows_are_named_by_the_setting_that_differs(before, words):
+    """A setting that an earlier version did not save is not a difference."""
+    from megatron_embed.run.resume_check import _changed_entries
+
+    now = {"path": "a.jsonl", "score_range": [0, 5], "a_newer_setting": 1}
+    assert _changed_entries([{"path": "a.jsonl", "score_range": [0, 5]} | before], [now]) == words
+
+
 def test_other_rows_are_refused_and_the_same_rows_elsewhere_are_not(write, tmp_path):
     lines = MINI_EN.read_text().splitlines()
     moved = tmp_path / "moved.jsonl"

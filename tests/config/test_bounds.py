@@ -4,6 +4,7 @@ import itertools
 import time
 
 import pytest
+import yaml
 
 from megatron_embed.config.load import config_of_overrides, load_config, read_resolved
 from megatron_embed.config.yaml_tree import LARGEST_FILE, read_file
@@ -61,3 +62,13 @@ def test_aliases_for_values_that_are_needed_twice_stay(tmp_path):
 def test_device_without_end_is_read_to_the_limit_only():
     with pytest.raises(ConfigError, match="/dev/zero: longer than"):
         read_file("/dev/zero")
+
+
+@pytest.mark.parametrize("train", ["rows.jsonl", ["rows.jsonl"], [{"weight": 1.0}], [{"path": 3}], 7])
+def test_a_saved_run_names_its_files_of_rows(tmp_path, train):
+    """A run that is resumed compares them with its own."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"train": train}}))
+    with pytest.raises(ConfigError, match=r"data\.train = .*must be a list of entries with a path"):
+        read_resolved(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"train": [{"path": "rows.jsonl"}]}}))
+    assert read_resolved(tmp_path / "config.yaml")["data"]["train"][0]["path"] == "rows.jsonl"
