@@ -60,7 +60,7 @@ def _start(facts: object) -> dict[str, Any]:
     parallel = to_dict(config)["parallel"]
     ranks = math.prod(parallel[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context"))
     if world_size < 1 or world_size % ranks:
-        raise ValueError(f"start: world_size = {world_size} is no multiple of the layout's {ranks} ranks")
+        raise ValueError(f"start: world_size = {world_size} is not a multiple of the layout's {ranks} ranks")
     return {**facts, "parallel": parallel}
 
 

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(self._answer(option, value or following))
 
     def _answer(self, option: str, value: str) -> str:
-        """What an unknown option is here, or the nearest one that there is."""
+        """The message about an unknown option: the argument or setting it is here, or the nearest option."""
         name = option.lstrip("-").replace("-", "_")
         if any(action.dest.removesuffix("s") == name.removesuffix("s") for action in self._get_positional_actions()):
             return f"{option} is not an option, its value stands alone: `{self.prog} {value}`"

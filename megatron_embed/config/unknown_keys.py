@@ -30,11 +30,11 @@ def refuse_unknown_keys(target: Any, tree: Node) -> None:
 
 
 def setting_for_option(target: Any, name: str) -> str:
-    """What to write in place of an option of another trainer's command line, without its dashes.
+    """Advice: the setting to write in place of an option of another trainer's command line.
 
     Args:
         target: the dataclass of a run.
-        name: in lower case, with underscores.
+        name: the option without its dashes, in lower case, with underscores.
     """
     known: dict[str, list[str]] = {}
     for dotted in _dotted_keys(target, ""):

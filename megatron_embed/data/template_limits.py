@@ -11,9 +11,9 @@ from pathlib import Path
 from megatron_embed.errors import CheckpointError
 
 SECONDS = 2
-"""Of the processor, for all trials of a template."""
+"""Seconds of processor time for all trials of a template."""
 _WAITED_SECONDS = 120
-"""The same of the clock, on a machine that is busy."""
+"""Seconds of wall-clock time, on a machine that is busy."""
 _MEMORY = 1 << 30
 _LONGEST, _PER_CHARACTER = 1 << 20, 16
 """Characters that a template may give, and how many more for each character of the messages."""
@@ -51,7 +51,8 @@ def try_template(renderings: Iterable[Render], directory: str) -> None:
 
 
 def refuse_long(rendered: str, given: int, directory: str) -> str:
-    """What a template has made of messages of `given` characters. Raises CheckpointError if it is far too long."""
+    """`rendered`, which a template made of messages of `given` characters. Raises CheckpointError if it is far too
+    long."""
     if len(rendered) > _LONGEST + _PER_CHARACTER * given:
         raise CheckpointError(f"{directory}: its chat template makes {len(rendered):,} characters of {given:,}; take a "
                               "chat_template.jinja from a source that you trust")

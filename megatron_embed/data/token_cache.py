@@ -25,7 +25,7 @@ VERSION = 1
 _SUMMARY, _TOKENS, _TEXTS, _SORTED = "cache.json", "tokens.bin", "texts.bin", ".sorted.bin"
 _TEXTS_AT_ONCE = 1 << 20
 _DTYPES = ("<u2", "<u4")
-"""Of token ids, as the vocabulary's size needs."""
+"""Types of token ids: the smaller one if the vocabulary's size allows it."""
 _TEXT = np.dtype([("key", "<u8"), ("check", "<u8"), ("start", "<u8"), ("length", "<u4"), ("truncated", "<u4")])
 """One text: its hash, where its tokens begin and how many they are, and 1 if it was truncated."""
 _KNOWN_TEXTS = 1 << 21

@@ -28,8 +28,8 @@ def refuse_large_files(directory: Path) -> None:
 
 
 def loading_error(directory: Path, error: Exception) -> CheckpointError:
-    """What to say when Transformers cannot load a directory's tokenizer: it reads config.json first, and that may be
-    the file at fault."""
+    """The error to raise if Transformers cannot load a directory's tokenizer: it reads config.json first, and that may
+    be the file at fault."""
     from transformers import AutoConfig
 
     file = directory / "config.json"

@@ -185,7 +185,7 @@ class VectorFile:
 
 
 def read_summary(directory: str, key: str) -> dict[str, Any]:
-    """What a directory of shards says of its vectors; empty for a file, or a directory that says nothing.
+    """The summary of a directory of shards; empty for a file, or a directory without one.
 
     Returns:
         Values of which `rows`, if it is there, is a whole number, and `texts` the path, size and time of change of the

@@ -92,7 +92,7 @@ class VectorMap:
         return cls(kind=kind, tensors=tensors, unit_length=unit_length)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this map from others, as JSON takes it."""
+        """Kind, normalization and digest of the tensors, which identify the map, as JSON takes them."""
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.contiguous().numpy().tobytes())
@@ -121,7 +121,7 @@ def _read_tensors(file: Path, kind: MapKind, old: int, new: int) -> dict[str, Te
         if opened.seek(0, 2) > LARGEST_MAP:
             raise ValueError(f"{TENSORS} is longer than {LARGEST_MAP >> 30} GiB")
     with safe_open(str(file), "pt") as stored:
-        parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118  it is no mapping
+        parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118  it is not a mapping
         shapes = {name: part.get_shape() for name, part in parts.items()}
         hidden = (shapes.get("hidden_bias") or [0])[0]
         expected = {"weight": [old, new]}

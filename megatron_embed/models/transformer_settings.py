@@ -98,7 +98,7 @@ class TransformerSettings:
         self.chat = self._chat(calling.get("chat_template") or {}) if known else None
 
     def _read_lengths(self, text: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
-        """`stated_length` by the first of the keys that is there, also where its value is no limit."""
+        """`stated_length` by the first of the keys that is there, even if its value is not a limit."""
         self.stated_length = self.max_length = None
         self.length_key = ""
         named = "processor_kwargs" if self.values.get("tokenizer_args") is None else "tokenizer_args"

@@ -1,4 +1,4 @@
-"""What a run left, as `doctor --run` reads it: its metrics and its configuration. Loads no library."""
+"""Metrics and configuration of a run, as `doctor --run` reads them. Loads no library."""
 
 import math
 import os
@@ -21,7 +21,7 @@ _LARGEST_NUMBER = 1e100
 
 @dataclass(frozen=True, kw_only=True)
 class RunLog:
-    """What a run left. All numbers in it are finite."""
+    """Logged metrics and configuration of a run. All numbers in it are finite."""
 
     steps: Sequence[Mapping[str, float]]
     """Rows of optimizer steps, of the logged ones only; values that were not finite are absent."""

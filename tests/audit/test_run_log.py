@@ -30,7 +30,7 @@ def key_paths(value, keys=()):
     ([start_record(settings=[1]), step_record(2)], "settings must be"),
     ([start_record(parallel={"tensor_model_parallel_size": 0}), step_record(2)], "tensor_model_parallel_size = 0"),
     ([start_record(parallel={"evil": 1}), step_record(2)], "evil"),
-    ([start_record(world_size=3, parallel={"tensor_model_parallel_size": 2}), step_record(2)], "no multiple"),
+    ([start_record(world_size=3, parallel={"tensor_model_parallel_size": 2}), step_record(2)], "not a multiple"),
     ([start_record(), step_record(float("inf"))], "step = Infinity"),
     ([start_record(), step_record(2, micro_batches=10**18)], "micro_batches must be at most"),
     ([start_record(), step_record(2, labels=5)], "labels = 5 must be 16"),

@@ -215,15 +215,15 @@ DAMAGED_RERANKERS = {
     "another width": (lambda path: changed(encoder(path), classifier__weight=torch.ones(1, 8)), ("shape [1, 8]",)),
     "no score": (lambda path: changed(decoder(path), score__weight=None), ("no score.weight,",)),
     "a bias of the score": (lambda path: changed(decoder(path), score__bias=torch.ones(1)), ("holds score.bias",)),
-    "no rows": (lambda path: changed(answering(path), lm_head__weight=None), ("no lm_head.weight",)),
-    "another matrix": (lambda path: edit(answering(path) / "config.json", tie_word_embeddings=True) or path,
+    "no rows": (lambda path: changed(yes_no_reranker(path), lm_head__weight=None), ("no lm_head.weight",)),
+    "another matrix": (lambda path: edit(yes_no_reranker(path) / "config.json", tie_word_embeddings=True) or path,
                        ("lm_head.weight is another matrix than model.embed_tokens.weight",)),
-    "rows of another width": (lambda path: changed(answering(path), lm_head__weight=torch.ones(600, 1)),
+    "rows of another width": (lambda path: changed(yes_no_reranker(path), lm_head__weight=torch.ones(600, 1)),
                               ("lm_head.weight has shape [600, 1]",)),
 }
 
 
-def answering(path):
+def yes_no_reranker(path):
     """A causal language model with a LogitScore."""
     return saved(decoder(path, "Qwen3ForCausalLM"), answers=(300, 301))
 
@@ -242,7 +242,7 @@ def test_damaged_heads_of_rerankers_are_refused(cases, tmp_path):
 @pytest.mark.slow
 def test_rows_that_equal_the_tied_embeddings_give_the_stock_scores(tmp_path):
     """Other rows of the output matrix do not count."""
-    path = answering(tmp_path / "model")
+    path = yes_no_reranker(tmp_path / "model")
     edit(path / "config.json", tie_word_embeddings=True)
     stored = tensors_of(path)
     stored["lm_head.weight"][[300, 301]] = stored["model.embed_tokens.weight"][[300, 301]]
