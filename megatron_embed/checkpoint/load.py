@@ -174,6 +174,11 @@ def _error_context(folder: Path) -> Iterator[None]:
         raise
     except (Exception, CheckpointException) as error:
         # Missing files and mismatched shapes give exceptions of many kinds; torch's does not derive from Exception.
+        from megatron_embed.checkpoint.file_checksums import changed_files
+
+        if changed := changed_files(folder.parent, contents=False):
+            raise CheckpointError(f"{folder}: cannot be loaded into this model ({changed[0]}); it is damaged: copy it "
+                                  f"again, or remove {folder.parent} to use the checkpoint before it") from error
         raise CheckpointError(f"{folder}: cannot be loaded into this model ({reason_of(error)}); it is damaged or "
                               "belongs to another model") from error
 

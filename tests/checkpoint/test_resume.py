@@ -217,5 +217,6 @@ def test_a_file_that_one_rank_alone_cannot_read_is_told_of_on_all(model, tmp_pat
     told = run_on_ranks(error_of, 2, configuration(model, directory, **settings | {"train_steps": 4}))
     assert told[0] == told[1]
     assert told[0].startswith(f"{written}: cannot be loaded into this model (")
-    assert "damaged" in told[0]
+    assert f"model/{file.name} has {file.stat().st_size} bytes, not " in told[0]
+    assert f"damaged: copy it again, or remove {written.parent}" in told[0]
     assert "dict_keys" not in told[0]
