@@ -1,12 +1,16 @@
 """Session-wide fixtures: the worker processes end with the session; tests for absent hardware skip themselves."""
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 
 from tests.helpers.ranks import shutdown_ranks
+
+# torch asks the name server about every address that it connects to, 127.0.0.1 as well; one lost answer takes 5 s.
+os.environ.setdefault("RES_OPTIONS", "attempts:0")
 
 gc.disable()  # until all tests are imported, which takes a seventh less time so
 

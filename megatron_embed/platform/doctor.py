@@ -5,7 +5,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from megatron_embed.platform.bf16_support import processor_has_bf16, why_not_bf1
 
 DISTRIBUTION = "megatron_embed"
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+SLOW_LOOKUP_SECONDS = 0.5
 GPU_PACKAGES = {
     "transformer_engine": "Megatron-Core takes its fused kernels; on a CUDA machine: pip install 'megatron_embed[gpu]'",
     "flash_attn": "not needed: torch's own variable-length flash kernels serve",
@@ -62,7 +65,26 @@ def _host() -> list[Check]:
                 remedy="" if sys.version_info >= (3, 11) else "install Python 3.11 or later"),
         Check(name="cpu", value=f"{model}, {cpus} usable cores"),
         Check(name="cpu features", value=" ".join(features) or "none of " + " ".join(CPU_FEATURES), note=note),
+        _name_lookup(os.environ.get("MASTER_ADDR") or "127.0.0.1"),
     ]
+
+
+def _name_lookup(host: str) -> Check:
+    """How long a lookup of an address' name takes: torch makes one whenever it connects to a store or a rank."""
+    longest = 0.0
+    for _ in range(3):
+        started = time.monotonic()
+        try:  # IPv4 as IPv6, as torch asks
+            found = socket.getaddrinfo(host, 0, socket.AF_INET6, socket.SOCK_STREAM, flags=socket.AI_V4MAPPED)
+            socket.getnameinfo(found[0][-1], socket.NI_NUMERICSERV)
+        except OSError as error:
+            return Check(name="name lookup", value=f"{host}: {error}")
+        longest = max(longest, time.monotonic() - started)
+        if longest > SLOW_LOOKUP_SECONDS:
+            note = ("torch waits so long for the name server at each connection; RES_OPTIONS='timeout:1 attempts:1' in "
+                    "the ranks' environment shortens it")
+            return Check(name="name lookup", value=f"{host}: {longest:.1f} s", note=note)
+    return Check(name="name lookup", value=f"{host}: {1000 * longest:.1f} ms")
 
 
 def cpu_features(cpuinfo: str = "/proc/cpuinfo") -> tuple[list[str], str]:

@@ -30,7 +30,7 @@ def address(monkeypatch):
     return f"127.0.0.1:{port}"
 
 
-def rank_that(rank, refuses=None, after=0.0, timeout_seconds=20, held=None):
+def rank_that(rank, refuses=None, after=0.0, timeout_seconds=60, held=None):
     """Open the rendezvous, wait for a while, then arrive or report an error. Returns what the rank prints.
 
     One that arrives keeps the store, in `held`: the process group would need it.

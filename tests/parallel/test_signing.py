@@ -36,7 +36,7 @@ def agent(port):
                          timeout=datetime.timedelta(seconds=10))
 
 
-def ranks_that_arrive(timeout_seconds=5, ranks=(0, 1, 2)):
+def ranks_that_arrive(timeout_seconds=60, ranks=(0, 1, 2)):
     """How each ended, in threads."""
     answers = {}
 

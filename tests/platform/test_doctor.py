@@ -1,6 +1,8 @@
 """What `doctor` says of a machine, a package out of range, and an apex that is not NVIDIA's."""
 
 import importlib.metadata
+import socket
+import time
 
 import pytest
 from packaging.requirements import Requirement
@@ -8,6 +10,7 @@ from packaging.requirements import Requirement
 from megatron_embed.__main__ import main
 from megatron_embed.platform.doctor import (
     Check,
+    _name_lookup,
     check_requirement,
     cpu_features,
     report,
@@ -72,6 +75,17 @@ def test_apex_is_known_by_what_is_in_it(tmp_path, monkeypatch, nvidia):
     check = next(check for check in run_checks() if check.name == "apex")
     assert ("wrong package" in check.value) is not nvidia
     assert ("pip uninstall apex" in check.remedy) is not nvidia
+
+
+@pytest.mark.parametrize("seconds, note", [(0.0, False), (0.7, True)])
+def test_slow_name_server_is_named(monkeypatch, seconds, note):
+    """torch looks up the name of every address that it connects to."""
+    asked = []
+    monkeypatch.setattr(socket, "getnameinfo", lambda address, flags: (asked.append(address[0]), time.sleep(seconds)))
+    check = _name_lookup("127.0.0.1")
+    assert ("RES_OPTIONS" in check.note) is note and not check.remedy
+    assert set(asked) == {"::ffff:127.0.0.1"} and len(asked) == (1 if note else 3)
+    assert "no-such-host.invalid" in _name_lookup("no-such-host.invalid").value
 
 
 def test_cpu_features_are_read_from_cpuinfo(tmp_path):
