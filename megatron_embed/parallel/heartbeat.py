@@ -122,7 +122,7 @@ class HeartbeatMonitor:
         """The reason why a collective failed here with `error`; waits a few seconds for it."""
         self._state = SUSPECT
         self._wake.set()
-        self._outcome_known.wait(SUSPECT_SECONDS + 4 * HEARTBEAT_SECONDS)
+        self._outcome_known.wait(SUSPECT_SECONDS + 10 * HEARTBEAT_SECONDS)
         if self._stop_time is not None:
             return PreemptedError(f"stopped ({stop.reason() or ASKED}); start the command again")
         if self._loss is not None:
