@@ -15,7 +15,7 @@ from megatron_embed.data.pair_tokenizer import Pair
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.score import PairScorer
-from megatron_embed.evaluation.sparse_vectors import SparseMatrix, sparse_vectors
+from megatron_embed.evaluation.sparse_vectors import sparse_vectors
 from megatron_embed.loading.model_directory import ModelDirectory, find_model, open_encoder
 from megatron_embed.loading.reranker import is_reranker, open_scorer
 from megatron_embed.models.encoder import DTYPES
@@ -48,10 +48,11 @@ class Embedder:
         return self._model.saved.similarity if self._model.saved.vectors is None else "maxsim"
 
     def encode(self, texts: str | Sequence[str], role: Role = "document", *,
-               show_progress: bool = False) -> np.ndarray | list[np.ndarray] | SparseMatrix:
+               show_progress: bool = False) -> Any:
         """float32 vectors, [texts, dim] in the order of the texts, or [dim] of a single one; of a multi-vector model
         a list with [vectors, dim] of each text, or that of a single one; of a sparse model a matrix of scipy in
-        compressed rows, [texts, vocabulary], of one row for a single text.
+        compressed rows, [texts, vocabulary], of one row for a single text. Which it is depends on the directory, so
+        type checkers are told nothing.
 
         Args:
             texts: any number, or one string.
