@@ -18,6 +18,7 @@ from megatron_embed.config.foreign_values import our_value, reason
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.config.unknown_keys import refuse_unknown_keys
 from megatron_embed.config.yaml_tree import (
+    COMMAND_LINE,
     Dumper,
     Node,
     location_of,
@@ -44,7 +45,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
 
 def config_of_overrides(overrides: list[str]) -> RunConfig:
     """Settings from the command line only. Raises ConfigError beginning `command line: `."""
-    tree = Node({}, "command line")
+    tree = Node({}, COMMAND_LINE)
     for override in overrides:
         tree = overridden(tree, *read_override(override))
     return _with_home(_run_config(tree))
@@ -71,7 +72,8 @@ def load_with_locations(path: str, overrides: list[str]) -> tuple[RunConfig, Cal
 
     Args:
         path: YAML file. Relative paths inside it are relative to the working directory; `~` is the home directory.
-        overrides: `section.key=value` each; later ones win, and all win over the file.
+        overrides: `section.key=value` each; later ones win, and all win over the file. `=null` takes a setting or a
+            section of the file away, unless null is a value of that key.
     Raises:
         ConfigError: anything wrong with file, keys, types or ranges; begins `FILE:LINE: ` or `command line: `.
     """
@@ -82,7 +84,12 @@ def load_with_locations(path: str, overrides: list[str]) -> tuple[RunConfig, Cal
     for override in overrides:
         keys, value = read_override(override)
         tree = overridden(tree, keys, value)
-    config = _run_config(tree)
+    try:
+        config = _run_config(tree)
+    except ConfigError as error:
+        if overrides and error.key and str(error).endswith(("remove it", "remove this")):
+            raise ConfigError(f"{error} (on the command line: {error.key}=null)", key=error.key) from None
+        raise
     return _with_home(config), functools.partial(location_of, tree)
 
 
@@ -200,7 +207,7 @@ def _mapping(target: Any, node: Node, name: str, root: Node) -> object:
     for key, field in fields.items():
         dotted, annotation = _join(name, key), annotations[key]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if key in node.value:
+        if key in node.value and not _is_taken_away(annotation, node.value[key]):
             values[key] = _value(annotation, node.value[key], dotted, root, field.default)
         elif required and dataclasses.is_dataclass(annotation):
             values[key] = _mapping(annotation, Node({}, node.location), dotted, root)
@@ -212,9 +219,19 @@ def _mapping(target: Any, node: Node, name: str, root: Node) -> object:
         raise ConfigError(f"{location_of(root, error.key or name)}: {error}", key=error.key) from None
 
 
+def _is_taken_away(annotation: Any, node: Node) -> bool:
+    """Whether `KEY=null` on the command line takes the file's setting away: null is no value of the key itself."""
+    return node.is_explicit_null and types.NoneType not in _members(annotation)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
 def _value(annotation: Any, node: Node, name: str, root: Node, default: Any) -> object:
     """A value of the annotated type; `default` is only shown."""
-    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    members = _members(annotation)
     if node.value is None and types.NoneType in members:
         return None
     for member in members:

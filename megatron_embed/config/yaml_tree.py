@@ -73,6 +73,8 @@ class Node:
     value: "object | dict[str, Node] | list[Node]"
     """A scalar as YAML reads it, a dict of nodes by key, or a list of nodes."""
     location: str
+    is_explicit_null: bool = False
+    """`KEY=null` of the command line, not `KEY=`, which an empty variable of a shell gives."""
 
 
 def read_file(path: str) -> Node:
@@ -118,7 +120,8 @@ def read_override(argument: str) -> tuple[list[str], Node]:
         raise ConfigError(f"{COMMAND_LINE}: {argument!r} is not a setting; write section.key=value")
     if not text.lstrip().startswith(("[", "{", '"', "'")):
         # Not read as a YAML document: `query: ` would become a mapping, and a prompt would lose its trailing space.
-        return keys, Node(plain_scalar(text), COMMAND_LINE)
+        value = plain_scalar(text)
+        return keys, Node(value, COMMAND_LINE, is_explicit_null=value is None and bool(text.strip()))
     return keys, _compose(text, COMMAND_LINE, f"{key}={text}: ") or Node(None, COMMAND_LINE)
 
 

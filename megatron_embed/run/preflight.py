@@ -76,7 +76,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     check_schedule(config.training, steps)
     suite = open_suite(task)
     if state.checkpoint is not None:
-        check_resumable(task, state.checkpoint, records)
+        check_resumable(task, state.checkpoint, records, steps)
     inputs = Inputs(task=task, records=records, validation=validation, sampler=sampler, order=order, suite=suite,
                     train_steps=steps, resume_state=state)
     if not inputs.is_complete:

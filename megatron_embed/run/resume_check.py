@@ -39,12 +39,13 @@ FIXED: tuple[str, ...] = (
 there is to save from the last."""
 
 
-def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
+def check_resumable(task: Task, checkpoint: Path, records: RecordSet, train_steps: int) -> None:
     """Refuses what would make the rest of the run another run; logs every other change of the configuration.
 
     Args:
         checkpoint: the newest one of the run.
         records: those to train on.
+        train_steps: of the whole run. With none left, another objective is refused: no step would be trained with it.
     Raises:
         ConfigError: naming key, new and old value.
     """
@@ -75,10 +76,23 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
         logger.info("%s began with an earlier version's order of rows, which it keeps%s", checkpoint.parent,
                     ": every start reads all rows where some are held out" if known["order"] == 1 else "")
     same = _equal_overlaps(config, before, task)
-    changed = [f"{key}: {_shown(before[key])} -> {_shown(value)}" for key, value in now.items()
-               if key in before and before[key] != value and key not in same]
+    changed = [key for key, value in now.items() if key in before and before[key] != value and key not in same]
+    if steps_done(checkpoint) >= train_steps:
+        _check_objective_of_finished_run(checkpoint, before, now, changed, train_steps)
     if changed:
-        logger.info("resuming %s with other settings: %s", checkpoint, "; ".join(changed))
+        logger.info("resuming %s with other settings: %s", checkpoint, "; ".join(
+            f"{key}: {_shown(before[key])} -> {_shown(now[key])}" for key in changed))
+
+
+def _check_objective_of_finished_run(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any],
+                                     changed: Sequence[str], train_steps: int) -> None:
+    """Refuses a changed objective: what is exported would not have been trained with it."""
+    for key in changed:
+        if key.startswith("objective."):
+            raise ConfigError(f"{key} = {_shown(now[key])}: the run in {checkpoint.parent} has done all its "
+                              f"{train_steps} steps with {_shown(before[key])}, so nothing would be trained with it; "
+                              "choose another checkpoint.directory, or raise training.train_steps (or epochs) to go "
+                              "on", key=key)
 
 
 def _changed_entries(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:

@@ -70,6 +70,18 @@ def test_what_a_run_keeps_for_life(write, tmp_path, section, key, value, words):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_another_objective_of_a_run_without_steps_left_is_refused(write, tmp_path):
+    """Its export would be a model that no step trained with this objective."""
+    path = write(training={"train_steps": 2}, objective={"temperature": 0.2})
+    out = tmp_path / "out"
+    assert_refused(run_on_ranks(command, 1, ["train", path, f"checkpoint.export_at_end={out}"]),
+                   "objective.temperature = 0.2: the run in ", "has done all its 2 steps with 0.3",
+                   "choose another checkpoint.directory, or raise training.train_steps")
+    assert not out.exists()
+    ((code, _, err, _),) = run_on_ranks(command, 1, ["train", path, "training.train_steps=3"])
+    assert code == 0, err
+
+
 def test_another_model_and_another_tokenizer_are_refused(write, model, tmp_path):
     wider = save_model(tmp_path / "wider", "qwen3", tokenizer=True, intermediate_size=64)
     assert_refused(run_on_ranks(command, 1, ["train", write(model={"path": wider})]),

@@ -7,7 +7,15 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 
 from megatron_embed.config.load import load_config, save_resolved, to_dict
-from megatron_embed.config.schema import DataConfig, ModelConfig, RunConfig, TrainFile
+from megatron_embed.config.schema import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TrainFile,
+    TrainingConfig,
+)
 from megatron_embed.errors import ConfigError
 
 MODEL = "model: {path: m}\n"
@@ -109,6 +117,27 @@ def test_refusals_name_line_key_value_and_remedy(load, text, message):
         load(MODEL + text)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_null_on_the_command_line_takes_a_setting_of_the_file_away(load):
+    """Keys that may be null are null."""
+    text = MODEL + ("objective: {loss: cosent, temperature: 0.05}\nlora: {rank: 4, target_modules: [query]}\n"
+                    "training: {train_steps: 3, epochs: null, learning_rate: 1.0}\n")
+    assert load(text, "lora=null").lora == LoraConfig()
+    config = load(text, "objective.loss=cosine_similarity", "objective.temperature=null", "lora.rank=0",
+                  "lora.target_modules=null", "training.learning_rate=~", "training.train_steps=null")
+    assert (config.objective, config.lora) == (ObjectiveConfig(loss="cosine_similarity"), LoraConfig())
+    assert (config.training.learning_rate, config.training.train_steps) == (TrainingConfig().learning_rate, None)
+    assert load(text, "objective=null", "objective.loss=angle").objective == ObjectiveConfig(loss="angle")
+    for overrides, message in (
+            (["lora.rank=0"], "run.yaml:3: lora.target_modules = ('query',): does nothing while lora.rank is 0; set "
+             "the rank, or remove this (on the command line: lora.target_modules=null)"),
+            (["model.path=null"], "run.yaml:1: required key 'model.path' is missing"),
+            (["training.learning_rate="], "command line: training.learning_rate = null: expected a finite number"),
+            (["lora.rnk=null"], "command line: unknown key 'lora.rnk'")):
+        with pytest.raises(ConfigError) as caught:
+            load(text, *overrides)
+        assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
