@@ -180,8 +180,8 @@ def drifted_rank():
 def masks_off():
     from megatron_embed.objectives import contrastive
 
-    return replaced(contrastive._Columns, "candidates", lambda original: lambda self, directions: dataclasses.replace(
-        original(self, directions), excluded=None))
+    return replaced(contrastive._Columns, "candidates", lambda original: lambda self, *rest: dataclasses.replace(
+        original(self, *rest), excluded=None))
 
 
 def scaled_learning_rate():
