@@ -21,7 +21,7 @@ class TrainFile:
     data set of the hub (org/name, org/name:config/split). Formats: docs/data.md."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column of the file -> field that it is, as in {question: query, answer: positive}; other columns keep their
-    names."""
+    names. A row may lack the column of a field that may be absent; one that no row has is refused."""
     score_range: tuple[float, ...] = ()
     """Lowest and highest score of this file's pairs, such as [0, 5]; they become 0 and 1, as cosine_similarity needs
     them. Empty: scores are taken as they stand."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_embed.config.data import TrainFile
 from megatron_embed.data.beir import BeirRows, is_beir_folder
+from megatron_embed.data.columns import COLUMNS_SETTING
 from megatron_embed.data.entries import DataEntry, EntryPart, IndexedEntry
 from megatron_embed.data.entry_index import open_index
 from megatron_embed.data.formats import RowReader
@@ -20,6 +21,7 @@ from megatron_embed.data.index_store import IndexPlace
 from megatron_embed.data.jsonl import BLANK
 from megatron_embed.data.permutation import mixed
 from megatron_embed.data.records import AnyRecord, Kind, Records, text_id
+from megatron_embed.data.row_fields import Row
 from megatron_embed.data.row_index import RowIndex, TextIds, UnitWriter, gather_by_group
 from megatron_embed.data.row_source import nothing_to_stream, open_rows
 from megatron_embed.data.sampler import ORDER_VERSION
@@ -43,20 +45,22 @@ class RecordFile(IndexedEntry):
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row cannot be used (`FILE:LINE: ` and the reason), or there are no rows.
+        DataError: a row cannot be used (`FILE:LINE: ` and the reason), there are no rows, or none has one of the
+            columns of `file`; the message names `columns_key`.
     """
 
     def __init__(self, file: str | TrainFile, kind: Kind | None = "contrastive", key: str = "data.train",
-                 place: IndexPlace = NOT_KEPT) -> None:
+                 place: IndexPlace = NOT_KEPT, *, columns_key: str | None = COLUMNS_SETTING) -> None:
         super().__init__(TrainFile(path=file) if isinstance(file, str) else file)
         self._rows = open_rows(self.path, key, streaming=self.file.streaming, rows=self.file.rows)
-        self._reader = RowReader(self.file, kind, holds_texts=self._rows.holds_texts)
+        self._reader = RowReader(self.file, kind, holds_texts=self._rows.holds_texts, columns_key=columns_key)
         self._files = self._rows.files_with_offsets()
         index = open_index(self._rows, self._reader, self.file, kind, place)
         if self._reader.format is None:
             raise DataError(f"{self.path}:1: no rows; a row is one line such as "
                             '{"query": "...", "positive": ["..."], "negatives": ["..."]}')
         self.take_index(index)
+        self._reader.columns.require_found(index.summary.columns, lambda: self._written(0), self._reader.format.known)
         self.digest = _as_read(self._rows.digest if self._files is None else _of_several(
             [digest.hexdigest() for digest in index.file_digests], isinstance(self._rows, SeveralRows)), self.file)
         logger.info("%s: %d rows of the format %s", self.path, len(self), self._reader.format.name)
@@ -85,24 +89,30 @@ class RecordFile(IndexedEntry):
         file, line_number, _, _ = self.row_index.locate(index)
         return f"{self._files[file].path}:{line_number}"
 
-    def _record(self, index: int) -> AnyRecord:
+    def _written(self, index: int) -> tuple[Row, str]:
+        """A row as it is written, and its FILE:LINE."""
         if self._files is None:
-            return self._reader.read(*self._rows.row(index), trusted=self._rows.detects_changes)
+            return self._rows.row(index)
         file, line_number, start, end = self.row_index.locate(index)
-        return self._reader.read(*self._files[file].read_at(start, end, line_number), trusted=True)
+        return self._files[file].read_at(start, end, line_number)
+
+    def _record(self, index: int) -> AnyRecord:
+        row, source = self._written(index)
+        return self._reader.read(row, source, trusted=self._files is not None or self._rows.detects_changes)
 
 
 class BeirFile(IndexedEntry):
     """The training queries of a BEIR folder, validated whole at construction."""
 
-    def __init__(self, file: TrainFile, kind: Kind | None = "contrastive") -> None:
+    def __init__(self, file: TrainFile, kind: Kind | None = "contrastive", *,
+                 columns_key: str | None = COLUMNS_SETTING) -> None:
         super().__init__(file)
         if file.streaming:
             raise nothing_to_stream(file.path, "data.train")
-        for name, value in (("columns", file.columns), ("score_range", file.score_range)):
+        for key, value in ((columns_key, file.columns), ("data.train.score_range", file.score_range)):
             if value:
-                raise ConfigError(f"data.train.{name} = {value!r}: {file.path!r} is a BEIR folder, whose files have "
-                                  "fixed columns and labels; remove it", key=f"data.train.{name}")
+                raise ConfigError(f"{key} = {value!r}: {file.path!r} is a BEIR folder, whose files have "
+                                  "fixed columns and labels; remove it", key=key)
         self._reader = RowReader(file, kind)
         self._rows = BeirRows(file.path, "data.train")
         self.digest = self._rows.digest
@@ -209,7 +219,7 @@ class RecordSet(Records[AnyRecord]):
 
 
 def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive",
-                 place: IndexPlace = NOT_KEPT) -> RecordSet:
+                 place: IndexPlace = NOT_KEPT, *, columns_key: str = COLUMNS_SETTING) -> RecordSet:
     """The rows of `data.train`, every file validated whole: `Record`s, `RerankRecord`s if `kind` is rerank, or as the
     rows are written if it is None.
 
@@ -217,8 +227,8 @@ def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive"
         ConfigError: a file cannot be opened.
         DataError: a row cannot be used.
     """
-    return RecordSet([BeirFile(file, kind) if is_beir_folder(file.path) else RecordFile(file, kind, place=place)
-                      for file in files])
+    return RecordSet([BeirFile(file, kind, columns_key=columns_key) if is_beir_folder(file.path) else
+                      RecordFile(file, kind, place=place, columns_key=columns_key) for file in files])
 
 
 def hold_out(records: RecordSet, fraction: float, seed: int, order: int = ORDER_VERSION) -> tuple[RecordSet,

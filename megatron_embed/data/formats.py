@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_embed.config.data import TrainFile
 from megatron_embed.data import foreign_formats
+from megatron_embed.data.columns import COLUMNS_SETTING, Columns
 from megatron_embed.data.corpus import Corpus
 from megatron_embed.data.csv_rows import typed
 from megatron_embed.data.jsonl import shortened
@@ -145,22 +146,28 @@ FORMATS = (
 )
 
 
-def detect_format(row: Row, source: str) -> Format:
+def detect_format(row: Row, source: str, renaming: str = "") -> Format:
     """The format of a file whose first row this is.
 
+    Args:
+        renaming: see check_keys.
     Raises:
         DataError: it has none; the message is about the nearest format, or ours if none is near.
     """
-    for keys in ([key for key, value in row.items() if value is not None], row):
-        for form in FORMATS:
-            if form.fits(keys):
-                return form
+    form = format_of([key for key, value in row.items() if value is not None]) or format_of(row)
+    if form is not None:
+        return form
     nearest = max((OURS, *FORMATS), key=lambda form: (sum(key in row for key in form.required) / len(form.required),
                                                       form is OURS or form.columns))
     if not any(key in row for key in nearest.required):
         nearest = OURS
-    check_keys(row, nearest.required, nearest.known, source, may_be_renamed=bool(row))
+    check_keys(row, nearest.required, nearest.known, source, renaming=renaming if row else "")
     raise DataError(f"{source}: not a row of the format {nearest.name}; docs/data.md lists the formats")
+
+
+def format_of(keys: Iterable[str]) -> Format | None:
+    """The first format that a row with these keys is of; None: there is none."""
+    return next((form for form in FORMATS if form.fits(keys)), None)
 
 
 class RowReader:
@@ -169,15 +176,19 @@ class RowReader:
     Args:
         kind: None: records as the rows are written.
         holds_texts: see RawRows.
+        columns_key: what sets the names of columns; None: nothing does.
 
     Attributes:
         format: None before the first row.
         ignored: keys of rows that are not read.
+        columns: the names that the entry gives its columns, and those that were in a row.
     """
 
-    def __init__(self, file: TrainFile, kind: Kind | None, *, holds_texts: bool = False) -> None:
+    def __init__(self, file: TrainFile, kind: Kind | None, *, holds_texts: bool = False,
+                 columns_key: str | None = COLUMNS_SETTING) -> None:
         self.format: Format | None = None
         self.ignored: set[str] = set()
+        self.columns = Columns(file.columns, columns_key)
         self._holds_texts = holds_texts
         self._file = file
         self._kind = kind
@@ -193,11 +204,14 @@ class RowReader:
         Raises:
             DataError: beginning with `source`, naming the field, its value and the remedy.
         """
+        written = row
         if self._file.columns:
-            row = self._renamed(row, source)
+            row = self.columns.renamed(row)
         if self._holds_texts:
             row = typed(row)
         if not trusted:
+            if self._file.columns:
+                self._check_columns(written, row, source)
             self._check(row, source)
         assert self.format is not None
         record = self.format.read(Fields(row, source, trusted))
@@ -240,17 +254,15 @@ class RowReader:
         """The instruction of a row without one."""
         return self._file.instruction
 
-    def _renamed(self, row: Row, source: str) -> Row:
-        """The row with the columns of the entry under the names of their fields."""
-        columns = self._file.columns
-        if missing := [name for name in columns if name not in row]:
-            keys = ", ".join(shortened(key, 40) for key in list(row)[:10]) or "no columns"
-            name, field = missing[0], columns[missing[0]]
-            remedy = (f"write the column first: {{{field}: {name}}}" if field in row else
-                      "correct the name, or give the row an empty value")
-            raise DataError(f"{source}: data.train.columns names {shortened(name)}, and the row has {keys}; {remedy}")
-        kept = {name: value for name, value in row.items() if name not in columns}
-        return kept | {field: row[name] for name, field in columns.items()}
+    def _check_columns(self, written: Row, renamed: Row, source: str) -> None:
+        """Refuse a row that lacks a column whose field no row of the file's format may lack."""
+        absent = self.columns.absent(written)
+        form = self.format
+        if absent and form is None and format_of(renamed) is None:
+            form = format_of({*renamed, *absent.values()})
+        for name, field in absent.items():
+            if form is not None and field in form.required and field not in renamed:
+                raise self.columns.needed(name, written, source)
 
     def _rescaled(self, record: AnyRecord) -> AnyRecord:
         """The pair with the lowest score of the entry's range as 0 and the highest as 1."""
@@ -268,10 +280,10 @@ class RowReader:
     def _check(self, row: Row, source: str) -> None:
         """Refuse a row whose keys are not those of the file's format, which is that of its first row."""
         if self.format is None:
-            self.format = detect_format(row, source)
+            self.format = detect_format(row, source, self.columns.remedy)
             self._check_corpus(self.format, source)
         form = self.format
-        if not form.has_required(row) and (other := next((other for other in FORMATS if other.fits(row)), None)):
+        if not form.has_required(row) and (other := format_of(row)):
             raise DataError(f"{source}: a row of the format {other.name} in a file whose first row is "
                             f"{form.name}; give each format a file of its own")
         form.check_keys(row, source)

@@ -35,12 +35,17 @@ def _meant_field(key: str, known: tuple[str, ...], absent: tuple[str, ...]) -> s
     return next(iter([*same, *close]), None)
 
 
+def keys_of(row: Row) -> str:
+    """The first keys of a row, for messages."""
+    return ", ".join(shortened(key, 40) for key in list(row)[:10]) or "no keys"
+
+
 def check_keys(row: Row, required: tuple[str, ...], known: tuple[str, ...], source: str, *,
-               may_be_renamed: bool = False) -> None:
+               renaming: str = "") -> None:
     """Refuses a row without a required field, or with a misspelt one.
 
     Args:
-        may_be_renamed: the remedy for a missing field also names `columns` of an entry of data.train.
+        renaming: a further remedy for a missing field, in which FIELD stands for its name.
     """
     absent = tuple(name for name in known if name not in row)
     for key in row.keys() - set(known):
@@ -49,9 +54,8 @@ def check_keys(row: Row, required: tuple[str, ...], known: tuple[str, ...], sour
             raise DataError(f"{source}: unknown key {shortened(key)} = {shortened(row[key])}; did you mean {meant!r}?")
     for name in required:
         if name in absent:
-            keys = ", ".join(shortened(key, 40) for key in list(row)[:10]) or "no keys"
-            renamed = f", or say in data.train which column it is: {{path: FILE, columns: {{COLUMN: {name}}}}}"
-            raise DataError(f"{source}: {name} is missing; the row has {keys}; add {name!r}{renamed * may_be_renamed}")
+            raise DataError(f"{source}: {name} is missing; the row has {keys_of(row)}; add {name!r}"
+                            f"{renaming.replace('FIELD', name)}")
 
 
 def check_texts(value: object, name: str, source: str) -> None:
@@ -93,8 +97,7 @@ def titled(row: Row, name: str, source: str) -> str:
     """`title + " " + text` of a passage, the text alone where the title is absent or empty."""
     prefix = f"{name}." if name else ""
     if "text" not in row:
-        keys = ", ".join(shortened(key, 40) for key in list(row)[:10]) or "no keys"
-        raise DataError(f"{source}: {prefix}text is missing; the passage has {keys}; add 'text'")
+        raise DataError(f"{source}: {prefix}text is missing; the passage has {keys_of(row)}; add 'text'")
     check_text(row["text"], f"{prefix}text", source)
     title = row.get("title")
     if title is not None and not (isinstance(title, str) and not title.strip()):

@@ -30,6 +30,8 @@ class Summary:
     """Each distinct instruction (None: rows without one), with the index of its first row."""
     ignored: set[str] = field(default_factory=set)
     """Keys of rows that are not read."""
+    columns: set[str] = field(default_factory=set)
+    """Columns with names of the entry's own that some row has."""
     format: str | None = None
     """Name of the rows' format."""
     most_positives: int = 0
@@ -63,18 +65,20 @@ class Summary:
         self.lines += other.lines
         self.digest.extend(other.digest.value, other.digest.rows)
         self.ignored |= other.ignored
+        self.columns |= other.columns
         self.format = self.format or other.format
         self._raise_to(other.most_positives, other.most_negatives, other.most_documents)
 
     def as_json(self) -> dict[str, Any]:
         """The values that `from_json` reads."""
-        return {**asdict(self), "instructions": list(self.instructions.items()), "ignored": sorted(self.ignored)}
+        return {**asdict(self), "instructions": list(self.instructions.items()), "ignored": sorted(self.ignored),
+                "columns": sorted(self.columns)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Summary":
         """The summary that `as_json` wrote."""
         return cls(**{**values, "digest": RowsDigest(**values["digest"]), "ignored": set(values["ignored"]),
-                      "instructions": dict(values["instructions"])})
+                      "columns": set(values["columns"]), "instructions": dict(values["instructions"])})
 
 
 @dataclass(kw_only=True)

@@ -132,6 +132,28 @@ def test_what_does_not_fit_any_more_is_read_again(write_rows: WriteRows, tmp_pat
     assert len(folders) == (2 if change == "columns" else 1)  # that of the file as it was is removed
 
 
+@pytest.mark.parametrize("directory", ["index", "none"])
+def test_columns_are_found_in_any_unit_and_missed_at_every_start(write_rows: WriteRows, tmp_path: Path,
+                                                                 small_parts: None, directory: str):
+    """A process that reads other units than that with the column, or none, answers as one that reads all."""
+    lines = [json.dumps({"text": f"q{row}", "positive": f"p{row}"}) for row in range(400)]
+    path = write_rows([*lines[:-1], json.dumps({"text": "q", "positive": "p", "bad": "n"})])
+    place = directory if directory == "none" else tmp_path / directory
+    for _ in range(2):
+        assert opened(path, place, columns={"text": "query", "bad": "negatives"}).most_negatives == 1
+    errors = []
+    for start in range(3):
+        with pytest.raises(DataError) as caught:
+            opened(path, place, columns={"text": "query", "bat": "negatives"})
+        errors.append(str(caught.value))
+        if start == 1 and directory == "index":  # what a process finds that reads the last unit alone
+            folder = max((tmp_path / directory).iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+            (folder / "index.json").unlink()
+            max(folder.glob("0*.json")).unlink()
+    assert set(errors) == {f"{path}:1: data.train.columns names 'bat', and the row has 'text', 'positive'; no other "
+                           "row has it either; correct the name, or leave it out"}
+
+
 @pytest.mark.parametrize("line", [150, 4])
 def test_a_bad_row_is_named_by_its_line_every_time(write_rows: WriteRows, tmp_path: Path, small_parts: None, line: int):
     lines = mixed_rows(300)

@@ -147,6 +147,36 @@ def test_columns_are_renamed_and_others_stay(tmp_path):
         records(jsonl, columns={"query_text": "text"})
 
 
+@pytest.mark.parametrize("columns", [{"text": "query", "good": "positive", "bad": "negatives"},
+                                     {"text": "question", "good": "pos_doc", "bad": "neg_doc"},
+                                     {"text": "anchor", "good": "positive", "bad": "negative"}])
+def test_column_of_an_optional_field_may_be_absent(tmp_path, columns):
+    path = write(tmp_path / "rows.jsonl", '{"text": "q", "good": "p"}\n{"text": "r", "good": "o", "bad": "n"}\n'
+                 '{"text": "s", "good": "m"}\n')
+    assert [row.negatives for row in records(path, columns=columns)] == [(), ("n",), ()]
+    write(path, path.read_text() + '{"good": "p", "bad": "n"}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:4: data.train.columns names 'text', and the row has 'good', "
+                                        r"'bad'; every row needs '\w+'; correct the name, or the row"):
+        records(path, columns=columns)
+
+
+def test_column_that_no_row_has_is_refused(tmp_path):
+    jsonl = write(tmp_path / "rows.jsonl", '{"q": "a", "positive": "b", "bad": "c"}\n' * 2)
+    table = write(tmp_path / "rows.csv", "q,positive,bad\na,b,c\n")
+    array = write(tmp_path / "rows.json", '[{"q": "a", "positive": "b", "bad": "c"}]')
+    for path, line in ((jsonl, 1), (table, 2), (array, 1)):
+        with pytest.raises(DataError, match=rf"{path.name}:{line}: data.train.columns names 'bat', and the row has "
+                                            "'q', 'positive', 'bad'; no other row has it either; correct the name"):
+            records(path, columns={"q": "query", "bat": "negatives"})
+        with pytest.raises(DataError, match="write the column first: {bad: negatives}"):
+            records(path, columns={"q": "query", "negatives": "bad"})
+        assert records(path, columns={"q": "query", "bad": "negatives"})[0].negatives == ("c",)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: unknown key 'negatve' = 'c'; did you mean 'negatives'"):
+        records(jsonl, columns={"q": "query", "bad": "negatve"})
+    with pytest.raises(DataError, match=r"rows.jsonl:1: positive is missing; the row has"):
+        records(write(jsonl, '{"q": "a", "bad": "c"}\n'), columns={"q": "query", "other": "negatives"})
+
+
 def test_scores_are_rescaled_by_their_range(tmp_path):
     path = write(tmp_path / "stsb.tsv", "sentence1\tsentence2\tscore\na\tb\t5\nc\td\t1.25\ne\tf\t0\n")
     assert [row.score for row in records(path, "pairs", score_range=(0, 5))] == [1.0, 0.25, 0.0]
