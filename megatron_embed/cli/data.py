@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from megatron_embed.cli.columns import add_columns_argument
 from megatron_embed.cli.common import Parser, path, positive_int, write_output
 from megatron_embed.errors import ConfigError, UserError
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", type=path, help="Count tokens of FILEs with this model's tokenizer")
     parser.add_argument("--max-length", type=positive_int, default=_DEFAULT_LENGTH, metavar="TOKENS",
                         help=f"With FILEs: length that texts are truncated to (default: {_DEFAULT_LENGTH})")
+    add_columns_argument(parser, "of FILEs")
     parser.add_argument("--json", action="store_true", help="Print a JSON array instead of text")
 
 
@@ -39,9 +41,11 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "tokenize":
         return tokenize(args)
     from megatron_embed.data.check import check_records, describe
+    from megatron_embed.data.columns import COLUMNS_OPTION, COLUMNS_SETTING
     from megatron_embed.data.dataset import open_records
 
     config, tokenizer = _config_of(args), None
+    columns_key = COLUMNS_SETTING if _is_config(args) else COLUMNS_OPTION
     if _is_config(args) or args.model is not None:
         # Here, because they load torch and Megatron-Core, which takes seconds.
         from megatron_embed.data.loader import check_prompts
@@ -51,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
 
         model = find_model(config.model.path)
         config = inherited(config, model)
-        records = open_records(config.data.files, kind=None)
+        records = open_records(config.data.files, kind=None, columns_key=columns_key)
         tokenizer = open_tokenizer(config, model)
         check_prompts(records, tokenizer)
     else:
-        records = open_records(config.data.files, kind=None)
+        records = open_records(config.data.files, kind=None, columns_key=columns_key)
     roles: tuple[Role, ...] = ("query", "document")
     lengths = {role: config.data.max_length(role) for role in roles}
     counts = check_records(records, num_negatives=
@@ -88,9 +92,12 @@ def _config_of(args: argparse.Namespace) -> "RunConfig":
     from megatron_embed.config.schema import ModelConfig, RunConfig
 
     if not _is_config(args):
-        files = tuple(TrainFile(path=name) for name in args.inputs)
+        files = tuple(TrainFile(path=name, columns=args.columns) for name in args.inputs)
         return RunConfig(model=ModelConfig(path=args.model or "none"), data=DataConfig(
             train=files, query_max_length=args.max_length, document_max_length=args.max_length))
+    if args.columns:
+        raise UserError(f"--columns: {args.inputs[0]} sets the columns of its data; write them there: data.train: "
+                        "[{path: FILE, columns: {COLUMN: FIELD}}]")
     if args.model is not None or args.max_length != _DEFAULT_LENGTH:
         raise UserError(f"{args.inputs[0]} sets the model and the lengths; leave --model and --max-length out, or "
                         "write model.path=DIR after it")

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from megatron_embed.cli.columns import add_columns_argument
 from megatron_embed.cli.common import (
     add_encoding_arguments,
     add_given_vectors,
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="For an embedding model: a folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, "
                              'or a file of pairs {"text_a", "text_b", "score"}. For an embedding model or a reranker: '
                              'a file of lists {"query", "documents": [...], "labels": [...]}')
+    add_columns_argument(parser, "of a file of pairs or lists")
     parser.add_argument("--split", help="Name of the qrels file of a folder (default: test)")
     parser.add_argument("--drop-own-id", action="store_true",
                         help="Remove the document with the query's own id from its ranking, as BEIR and MTEB do for "

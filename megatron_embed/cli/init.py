@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron_embed.cli.columns import add_columns_argument
 from megatron_embed.cli.common import path, positive_int, write_output
 from megatron_embed.errors import ConfigError, UserError
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("model", nargs="?", type=path, metavar="MODEL", help="Model directory or hub name")
     parser.add_argument("data", nargs="*", type=path, metavar="DATA", help="Files of rows, folders or hub data sets")
+    add_columns_argument(parser, "of DATA")
     parser.add_argument("--from", dest="source", metavar="FILE|COMMAND",
                         help="Translate a YAML, JSON or shell file of Transformers, ms-swift, FlagEmbedding, Tevatron, "
                              "Sentence Transformers or DeepSpeed, or a command line in quotes")
@@ -33,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
     if (args.source is None) == (args.model is None):
         raise UserError("init takes MODEL DATA for a starting configuration, or --from FILE|\"COMMAND LINE\" to "
                         "translate another trainer's; see `megatron-embed init --help`")
-    if args.source is not None and (args.task is not None or args.lora or args.gpus is not None):
-        raise UserError("--task, --lora and --gpus are for a starting configuration; --from takes them from what it "
-                        "translates")
+    if args.source is not None and (args.task is not None or args.lora or args.gpus is not None or args.columns):
+        raise UserError("--task, --lora, --gpus and --columns are for a starting configuration; --from takes them from "
+                        "what it translates")
     if args.output is not None and Path(args.output).exists():
         raise UserError(f"--output {args.output}: exists; nothing is overwritten, name another file")
     text = _translation(args.source) if args.source is not None else _starting(args)
@@ -71,6 +73,6 @@ def _starting(args: argparse.Namespace) -> str:
     if not args.data:
         raise UserError(f"init {args.model}: give the data too: a file of rows such as train.jsonl")
     text = starting_text(args.model, args.data, task=args.task or "embedding", lora=args.lora, gpus=args.gpus or 1,
-                         gpu=GPU_CHOICES[args.gpu])
+                         gpu=GPU_CHOICES[args.gpu], columns=args.columns)
     load_text(text, "the starting configuration")
     return text

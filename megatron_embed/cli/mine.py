@@ -2,6 +2,7 @@
 
 import argparse
 
+from megatron_embed.cli.columns import add_columns_argument
 from megatron_embed.cli.common import (
     add_encoding_arguments,
     add_given_vectors,
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="Hugging Face or Sentence Transformers directory, a checkpoint of megatron-embed, or bm25")
     parser.add_argument("--data", required=True, metavar="TRAIN.jsonl", type=path,
                         help="Rows with query and positive; their negatives are replaced")
+    add_columns_argument(parser, "of --data")
     parser.add_argument("--corpus", metavar="FILE.jsonl", type=path,
                         help='Documents to search, rows {"text": ..., "title"?: ..., "_id"?: ...} (default: the '
                              "documents of --data)")
@@ -63,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write a row with negatives for every row; nothing half-written is left behind."""
+    from megatron_embed.config.data import TrainFile
+    from megatron_embed.data.columns import COLUMNS_OPTION
     from megatron_embed.data.dataset import RecordFile
     from megatron_embed.mining.documents import CorpusFile
     from megatron_embed.mining.filters import MiningOptions
@@ -82,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
         refuse_vector_options(args)
         if process_rank() != 0 and args.reranker is None:  # One process runs BM25; the others have nothing to do.
             return 0
-    records = list(RecordFile(args.data, key="--data"))
+    records = list(RecordFile(TrainFile(path=args.data, columns=args.columns), key="--data",
+                              columns_key=COLUMNS_OPTION))
     corpus = None if args.corpus is None else CorpusFile(args.corpus)
     task = build_task(records, query_prompts(args, records), corpus, mine_query_text=args.mine_query_text)
     least = options.num_negatives if args.drop_incomplete == 0 else args.drop_incomplete or 0

@@ -1,5 +1,6 @@
 """Columns with names of one's own: `columns` of an entry of data.train, or --columns of a command."""
 
+import difflib
 from collections.abc import Callable, Collection
 
 from megatron_embed.data.jsonl import shortened
@@ -66,6 +67,8 @@ class Columns:
 
     def _error(self, name: str, row: Row, source: str, remedy: str, known: Collection[str] = ()) -> DataError:
         field, is_option = self._fields[name], self._key == COLUMNS_OPTION
+        if near := difflib.get_close_matches(name, list(row), n=1):
+            remedy = f"did you mean {shortened(near[0])}?"
         if field in row and field not in known:
             remedy = f"write the column first: {f'--columns {field}={name}' if is_option else f'{{{field}: {name}}}'}"
         return DataError(f"{source}: {self._key} names {shortened(name)}, and the row has {keys_of(row)}; {remedy}")

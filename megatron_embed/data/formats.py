@@ -261,7 +261,8 @@ class RowReader:
         if absent and form is None and format_of(renamed) is None:
             form = format_of({*renamed, *absent.values()})
         for name, field in absent.items():
-            if form is not None and field in form.required and field not in renamed:
+            is_swapped = self.format is None and field in written and not any(field in form.known for form in FORMATS)
+            if is_swapped or (form is not None and field in form.required and field not in renamed):
                 raise self.columns.needed(name, written, source)
 
     def _rescaled(self, record: AnyRecord) -> AnyRecord:

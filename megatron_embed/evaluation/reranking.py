@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_embed.config.data import TrainFile
+from megatron_embed.data.columns import COLUMNS_OPTION
 from megatron_embed.data.dataset import RecordFile
 from megatron_embed.data.number_checks import check_grade
 from megatron_embed.data.pair_batches import pairs_of
@@ -35,15 +36,18 @@ class RerankData:
     lists: tuple[RerankRecord, ...]
 
 
-def load_rerank_file(path: str, key: str = "--data") -> RerankData:
+def load_rerank_file(path: str, key: str = "--data", columns: dict[str, str] | None = None) -> RerankData:
     """Load and validate a file of rows `{"query", "documents", "labels"}`, or of another format of labelled lists.
 
+    Args:
+        columns: those of --columns; None: there is no such option.
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
         DataError: a row cannot be used, or a label is not an integer, as trec_eval's gains are.
     """
-    lists = tuple(record for record in RecordFile(TrainFile(path=path), "rerank", key)
-                  if isinstance(record, RerankRecord))
+    records = RecordFile(TrainFile(path=path, columns=columns or {}), "rerank", key,
+                         columns_key=None if columns is None else COLUMNS_OPTION)
+    lists = tuple(record for record in records if isinstance(record, RerankRecord))
     for record in lists:
         for label in record.labels:
             if label != int(label):

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_embed.config.data import TrainFile
+from megatron_embed.data.columns import COLUMNS_OPTION
 from megatron_embed.data.empty_texts import first_empty_text
 from megatron_embed.data.formats import RowReader
 from megatron_embed.data.records import Record
+from megatron_embed.data.row_fields import Row
 from megatron_embed.data.row_source import open_rows
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
@@ -37,9 +39,11 @@ class StsData:
     """Instruction in the queries' prompt; None: the tokenizer's own."""
 
 
-def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
+def load_sts(path: str, key: str = "evaluation.sts", columns: dict[str, str] | None = None) -> StsData:
     """Load the pairs with a score of a file, in any format of pairs that `data.train` takes.
 
+    Args:
+        columns: those of --columns; None: there is no such option.
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
         DataError: a row is invalid (the message begins `FILE:LINE: `), or all scores are the same.
@@ -47,14 +51,20 @@ def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
     texts: dict[Role, list[str]] = {"query": [], "document": []}
     scores, sources = [], []
     rows = open_rows(path, key)
-    reader = RowReader(TrainFile(path=path), "pairs", holds_texts=rows.holds_texts)
+    reader = RowReader(TrainFile(path=path, columns=columns or {}), "pairs", holds_texts=rows.holds_texts,
+                       columns_key=None if columns is None else COLUMNS_OPTION)
+    first: list[tuple[Row, str]] = []
     for row, source in rows.scan():
+        if not first:
+            first.append((row, source))
         record = reader.read(row, source)
         assert isinstance(record, Record) and record.score is not None
         texts["query"].append(record.query)
         texts["document"].append(record.positive[0])
         scores.append(record.score)
         sources.append(source)
+    if reader.format is not None:
+        reader.columns.require_found(reader.columns.found, first.pop, reader.format.known)
     if len(set(scores)) < 2:
         raise DataError(f"{path}:1: {len(scores)} rows with {len(set(scores))} different scores have no correlation; "
                         "add pairs with other scores")

@@ -35,7 +35,7 @@ def calibration_rows(source: str, file: str | None) -> CalibrationRows:
     if file is not None:
         entry = TrainFile(path=file)
         return sample_rows(RecordSet([BeirFile(entry, None) if is_beir_folder(file) else
-                                      RecordFile(entry, None, "--calibration")]))
+                                      RecordFile(entry, None, "--calibration", columns_key=None)]))
     config = open_checkpoint(source).path / "config.yaml" if is_checkpoint(Path(source)) else None
     if config is None or not config.is_file():
         raise ConfigError(f"--quantize: {source} is not the checkpoint of a run, whose training rows would be used to "

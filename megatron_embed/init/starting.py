@@ -41,16 +41,18 @@ class Rows:
 
 
 def starting_text(model: str, data: list[str], *, task: Literal["embedding", "reranker"], lora: bool, gpus: int,
-                  gpu: GPU) -> str:
+                  gpu: GPU, columns: dict[str, str]) -> str:
     """The YAML of a run that trains `model` on `data`.
 
+    Args:
+        columns: column -> field, of all data sets.
     Raises:
         ConfigError, DataError: the data cannot be read.
         CheckpointError: the model is of no supported family.
     """
     from megatron_embed.planning.shapes import find_shape, stored_quantization_of
 
-    rows, stored = look_at(data), stored_quantization_of(model)
+    rows, stored = look_at(data, columns), stored_quantization_of(model)
     lora = lora or stored is not None
     shape = find_shape(model)
     values: Values = {"task": (task, ""), "model.path": (model, "a directory or a hub name")}
@@ -59,7 +61,8 @@ def starting_text(model: str, data: list[str], *, task: Literal["embedding", "re
         values["model.double_quantization"] = (stored.double_quantization, "")
     is_reranker = task == "reranker"
     _objective(values, is_reranker, rows)
-    values["data.train"] = (data, "" if rows.count is None else f"{rows.count:,} rows")
+    entries = [{"path": path, "columns": columns} for path in data] if columns else data
+    values["data.train"] = (entries, "" if rows.count is None else f"{rows.count:,} rows")
     if rows.count is None or rows.count >= 100:
         values["data.validation_fraction"] = (0.02 if rows.count is None or rows.count > 2000 else 0.1,
                                               "held out; their loss is logged as eval/loss")
@@ -80,14 +83,20 @@ def starting_text(model: str, data: list[str], *, task: Literal["embedding", "re
     return "\n".join([*head, *sections(values)]) + "\n"
 
 
-def look_at(paths: list[str]) -> Rows:
-    """The kind of rows of these data sets; all of them are read and checked. Nothing is fetched from the hub."""
+def look_at(paths: list[str], columns: dict[str, str]) -> Rows:
+    """The kind of rows of these data sets; all of them are read and checked. Nothing is fetched from the hub.
+
+    Args:
+        columns: column -> field.
+    """
     if any(is_hub_name(path) for path in paths):
         return Rows(count=None, kind="contrastive")
+    from megatron_embed.data.columns import COLUMNS_OPTION
     from megatron_embed.data.dataset import open_records
     from megatron_embed.data.records import Record
 
-    records = open_records(tuple(TrainFile(path=path) for path in paths), None)
+    records = open_records(tuple(TrainFile(path=path, columns=columns) for path in paths), None,
+                           columns_key=COLUMNS_OPTION)
     instructions = set(records.instructions) != {None}
     first = records[0]
     if not isinstance(first, Record):

@@ -33,18 +33,22 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     with monitored_ranks() as start:
         if not os.path.isfile(args.data):
             return evaluate_beir(args, start)
-        return evaluate_pairs(args, start) if holds_pairs(args.data) else evaluate_lists(args, start)
+        if holds_pairs(args.data, args.columns):
+            return evaluate_pairs(args, start)
+        return evaluate_lists(args, start)
 
 
-def holds_pairs(file: str) -> bool:
-    """Whether the first row of a file is a pair with a score."""
+def holds_pairs(file: str, columns: dict[str, str]) -> bool:
+    """Whether the first row of a file is a pair with a score. `columns`: see --columns."""
     from megatron_embed.config.data import TrainFile
+    from megatron_embed.data.columns import COLUMNS_OPTION
     from megatron_embed.data.formats import RowReader
     from megatron_embed.data.records import Record
     from megatron_embed.data.row_source import open_rows
 
     rows = open_rows(file, "--data")
-    reader = RowReader(TrainFile(path=file), None, holds_texts=rows.holds_texts)
+    reader = RowReader(TrainFile(path=file, columns=columns), None, holds_texts=rows.holds_texts,
+                       columns_key=COLUMNS_OPTION)
     record = next((reader.read(*row) for row in rows.scan()), None)
     return isinstance(record, Record) and record.score is not None
 
@@ -53,6 +57,9 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     """(metrics of an embedding model on a BEIR folder, this rank)."""
     from megatron_embed.evaluation.beir import load_beir
 
+    if args.columns:
+        raise ConfigError(f"--columns: {args.data} is a BEIR folder, whose files have fixed columns; leave it out",
+                          key="--columns")
     if args.per_query is not None:
         check_jsonl("--per-query", args.per_query)
     data = load_beir(args.data, args.split or "test", drop_own_id=args.drop_own_id)
@@ -198,7 +205,7 @@ def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
                    "index", "probes", "ef_search", "documents_from", "map")
     from megatron_embed.evaluation.sts import load_sts
 
-    data = load_sts(args.data, "--data")
+    data = load_sts(args.data, "--data", args.columns)
     from megatron_embed.evaluation.sts import METRICS, evaluate_sts
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
@@ -217,7 +224,7 @@ def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
     from megatron_embed.evaluation.document_search import scores_of_lists
     from megatron_embed.evaluation.reranking import METRICS, evaluate_reranking, load_rerank_file, similarity_of_pairs
 
-    data = load_rerank_file(args.data)
+    data = load_rerank_file(args.data, columns=args.columns)
     check_metric_names(args.require, METRICS)
     from megatron_embed.loading.model_directory import find_model, open_encoder
     from megatron_embed.loading.prompts import given_prompts, refuse_prompts

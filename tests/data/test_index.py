@@ -144,13 +144,13 @@ def test_columns_are_found_in_any_unit_and_missed_at_every_start(write_rows: Wri
     errors = []
     for start in range(3):
         with pytest.raises(DataError) as caught:
-            opened(path, place, columns={"text": "query", "bat": "negatives"})
+            opened(path, place, columns={"text": "query", "worst": "negatives"})
         errors.append(str(caught.value))
         if start == 1 and directory == "index":  # what a process finds that reads the last unit alone
             folder = max((tmp_path / directory).iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
             (folder / "index.json").unlink()
             max(folder.glob("0*.json")).unlink()
-    assert set(errors) == {f"{path}:1: data.train.columns names 'bat', and the row has 'text', 'positive'; no other "
+    assert set(errors) == {f"{path}:1: data.train.columns names 'worst', and the row has 'text', 'positive'; no other "
                            "row has it either; correct the name, or leave it out"}
 
 

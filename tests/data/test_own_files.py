@@ -166,8 +166,13 @@ def test_column_that_no_row_has_is_refused(tmp_path):
     array = write(tmp_path / "rows.json", '[{"q": "a", "positive": "b", "bad": "c"}]')
     for path, line in ((jsonl, 1), (table, 2), (array, 1)):
         with pytest.raises(DataError, match=rf"{path.name}:{line}: data.train.columns names 'bat', and the row has "
-                                            "'q', 'positive', 'bad'; no other row has it either; correct the name"):
+                                            "'q', 'positive', 'bad'; did you mean 'bad'?"):
             records(path, columns={"q": "query", "bat": "negatives"})
+        with pytest.raises(DataError, match="names 'other', .*; no other row has it either; correct the name, or lea"):
+            records(path, columns={"q": "query", "other": "negatives"})
+        with pytest.raises(DataError, match=f":{line}: data.train.columns names 'query', .*; write the column first: "
+                                            "{q: query}"):
+            records(path, columns={"query": "q"})
         with pytest.raises(DataError, match="write the column first: {bad: negatives}"):
             records(path, columns={"q": "query", "negatives": "bad"})
         assert records(path, columns={"q": "query", "bad": "negatives"})[0].negatives == ("c",)
