@@ -10,14 +10,12 @@ from megatron_embed.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
-    from megatron_embed.names import Role
 
 HELP = "Check training data before a run (counts, lengths, duplicates, truncation), or tokenize it"
 EXAMPLES = ("megatron-embed data check run.yaml",
             "megatron-embed data check train.jsonl --model DIR",
             "megatron-embed data tokenize run.yaml data.token_cache=tokens")
 PAGE = "docs/data.md"
-_DEFAULT_LENGTH = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     assert isinstance(parser, Parser)
     parser.rest = "inputs", path
     parser.add_argument("--model", metavar="DIR", type=path, help="Count tokens of FILEs with this model's tokenizer")
-    parser.add_argument("--max-length", type=positive_int, default=_DEFAULT_LENGTH, metavar="TOKENS",
-                        help=f"With FILEs: length that texts are truncated to (default: {_DEFAULT_LENGTH})")
+    parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
+                        help="With FILEs: length that texts are truncated to (default: the model's own setting)")
     add_columns_argument(parser, "of FILEs")
     parser.add_argument("--json", action="store_true", help="Print a JSON array instead of text")
 
@@ -41,30 +39,17 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "tokenize":
         return tokenize(args)
     from megatron_embed.data.check import check_records, describe
-    from megatron_embed.data.columns import COLUMNS_OPTION, COLUMNS_SETTING
+    from megatron_embed.data.columns import COLUMNS_OPTION
     from megatron_embed.data.dataset import open_records
 
-    config, tokenizer = _config_of(args), None
-    columns_key = COLUMNS_SETTING if _is_config(args) else COLUMNS_OPTION
+    config = _config_of(args)
     if _is_config(args) or args.model is not None:
-        # Here, because they load torch and Megatron-Core, which takes seconds.
-        from megatron_embed.data.loader import check_prompts
-        from megatron_embed.loading.model_directory import find_model
-        from megatron_embed.run.embedding_task import open_tokenizer
-        from megatron_embed.run.inherit import inherited
+        # Here, because it loads torch and Megatron-Core, which takes seconds.
+        from megatron_embed.run.data_check_command import check_with_model
 
-        model = find_model(config.model.path)
-        config = inherited(config, model)
-        records = open_records(config.data.files, kind=None, columns_key=columns_key)
-        tokenizer = open_tokenizer(config, model)
-        check_prompts(records, tokenizer)
+        counts = check_with_model(config, is_run=_is_config(args))
     else:
-        records = open_records(config.data.files, kind=None, columns_key=columns_key)
-    roles: tuple[Role, ...] = ("query", "document")
-    lengths = {role: config.data.max_length(role) for role in roles}
-    counts = check_records(records, num_negatives=
-                          config.data.num_negatives if _is_config(args) and not config.data.samples_documents else None,
-                          num_positives=config.data.num_positives, tokenizer=tokenizer, max_lengths=lengths)
+        counts = check_records(open_records(config.data.files, kind=None, columns_key=COLUMNS_OPTION))
     write_output(json.dumps(counts, ensure_ascii=False) if args.json else "\n".join(map(describe, counts)))
     return 0
 
@@ -98,7 +83,7 @@ def _config_of(args: argparse.Namespace) -> "RunConfig":
     if args.columns:
         raise UserError(f"--columns: {args.inputs[0]} sets the columns of its data; write them there: data.train: "
                         "[{path: FILE, columns: {COLUMN: FIELD}}]")
-    if args.model is not None or args.max_length != _DEFAULT_LENGTH:
+    if args.model is not None or args.max_length is not None:
         raise UserError(f"{args.inputs[0]} sets the model and the lengths; leave --model and --max-length out, or "
                         "write model.path=DIR after it")
     config = load_config(args.inputs[0], args.inputs[1:])

@@ -1,44 +1,49 @@
 """Counts of training data, to look at before a run: rows, duplicates, lengths in tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_embed.data.dataset import DataEntry, RecordSet
-from megatron_embed.data.records import AnyRecord, Record, documents_in_use, id_on_both_sides, text_id
-from megatron_embed.names import Role
-
-if TYPE_CHECKING:
-    from megatron_embed.data.tokenizer import RoleTokenizer
+from megatron_embed.data.records import AnyRecord, Record, id_on_both_sides, text_id
 
 _CHUNK_ROWS = 2048
 _SMALLEST_BIN = 16
-_ALL = 2**31
+PAIRS = "pair tokens"
+"""Name of the lengths of a reranker's pairs."""
 
 Counts = dict[str, Any]
 
 
-def check_records(records: RecordSet, *, num_negatives: int | None, num_positives: int,
-                  tokenizer: "RoleTokenizer | None", max_lengths: dict[Role, int]) -> list[Counts]:
+class TokenCounter(Protocol):
+    """Lengths, in tokens before truncation, of all that training reads of rows."""
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """By name of the lengths, tokens to which training truncates."""
+
+    def lengths(self, rows: Sequence[AnyRecord]) -> Mapping[str, list[int]]:
+        """The lengths, by the same names."""
+
+
+def check_records(records: RecordSet, *, num_negatives: int = 0, counter: TokenCounter | None = None) -> list[Counts]:
     """Counts of each entry, which `describe` prints; docs/data.md explains them.
 
     Args:
         records: opened, so every row can be used.
-        num_negatives: hard negatives per query in the run; None: all are counted.
-        num_positives: positives per query in the run.
-        tokenizer: None: no tokens are counted.
-        max_lengths: tokens to which a text of a role is truncated.
+        num_negatives: rows with fewer are counted.
+        counter: None: no tokens are counted.
     """
-    return [_check_entry(file, (num_negatives, num_positives), tokenizer, max_lengths) for file in records.files]
+    return [_check_entry(file, num_negatives, counter) for file in records.files]
 
 
-def _check_entry(file: DataEntry, used: tuple[int | None, int], tokenizer: "RoleTokenizer | None",
-                 max_lengths: dict[Role, int]) -> Counts:
+def _check_entry(file: DataEntry, num_negatives: int, counter: TokenCounter | None) -> Counts:
     hashes: dict[str, list[int]] = {"query": [], "first positive": []}
-    lengths: dict[Role, list[int]] = {"query": [], "document": []}
+    limits: Mapping[str, int] = {} if counter is None else counter.limits
+    lengths: dict[str, list[int]] = {name: [] for name in limits}
     names = ("pairs with a score", "lists with labels", "rows without negatives",
              "rows with fewer negatives than data.num_negatives", "rows whose positive is one of their negatives",
              "rows with one id for a positive and a negative (training refuses them)")
@@ -55,36 +60,23 @@ def _check_entry(file: DataEntry, used: tuple[int | None, int], tokenizer: "Role
                 counts["pairs with a score"] += 1
                 continue
             counts["rows without negatives"] += not record.negatives
-            counts["rows with fewer negatives than data.num_negatives"] += len(record.negatives) < (used[0] or 0)
+            counts["rows with fewer negatives than data.num_negatives"] += len(record.negatives) < num_negatives
             counts["rows whose positive is one of their negatives"] += not set(record.positive).isdisjoint(
                 record.negatives)
-        if tokenizer is not None:
-            _count_tokens(part, used, tokenizer, lengths)
+        if counter is not None:
+            for name, counted in counter.lengths(part).items():
+                lengths[name] += counted
     result: Counts = {"path": file.path, **counts,
                       "rows whose query an earlier row has": _repeated(hashes["query"]),
                       "rows that share their positive with another": _shared(hashes["first positive"])}
-    if tokenizer is not None:
-        result |= {f"{role} tokens": _distribution(np.array(of_role, dtype=np.int64), max_lengths[role])
-                   for role, of_role in lengths.items()}
-    return result
+    return result | {name: _distribution(np.array(lengths[name], dtype=np.int64), limit)
+                     for name, limit in limits.items()}
 
 
 def _parts(file: Sequence[AnyRecord]) -> Iterator[list[AnyRecord]]:
     rows = iter(file)
     while part := list(islice(rows, _CHUNK_ROWS)):
         yield part
-
-
-def _count_tokens(part: Sequence[AnyRecord], used: tuple[int | None, int], tokenizer: "RoleTokenizer",
-                  lengths: dict[Role, list[int]]) -> None:
-    """Add the length of every text of these rows that training uses."""
-    lengths["query"] += tokenizer.count_tokens(
-        [record.query for record in part], "query", [record.instruction for record in part],
-        [record.query_prompt for record in part])
-    documents = [(text, record.document_prompt) for record in part
-                 for text in documents_in_use(record, _ALL if used[0] is None else used[0], used[1])]
-    lengths["document"] += tokenizer.count_tokens([text for text, _ in documents], "document",
-                                                  prompts=[prompt for _, prompt in documents])
 
 
 def _repeated(hashes: list[int]) -> int:
@@ -116,9 +108,11 @@ def describe(counts: Counts) -> str:
     lines = [f"{counts['path']}: {counts['rows']} rows"]
     for name, value in counts.items():
         if isinstance(value, dict) and value["texts"]:
+            what, limit = ("pairs", f"reranker.max_length = {value['at']}") if name == PAIRS else (
+                "texts", value["at"])
             lines.append(f"  {name}: mean {value['mean']}, median {value['median']}, 95% {value['p95']}, 99% "
-                         f"{value['p99']}, longest {value['longest']}; {value['cut']} of {value['texts']} texts are "
-                         f"cut at {value['at']}, {value['without tokens']} have no tokens")
+                         f"{value['p99']}, longest {value['longest']}; {value['cut']} of {value['texts']} {what} are "
+                         f"cut at {limit}, {value['without tokens']} have no tokens")
             most = max(value["histogram"].values())
             lines += [f"    {bin_:>9} {count:>9} {'#' * -(-40 * count // most)}"
                       for bin_, count in value["histogram"].items()]

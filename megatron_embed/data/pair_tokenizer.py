@@ -167,13 +167,18 @@ class PairTokenizer:
         rows = self._rows(pairs)
         return rows if self.unread is None else _without_last(rows, self.unread)
 
-    def count_tokens(self, pair: Pair) -> int:
-        """Length of a pair in tokens before truncation, prompt and special tokens included; as in `tokenize`."""
+    def count_tokens(self, pairs: Sequence[Pair]) -> list[int]:
+        """Length of each pair in tokens before truncation, prompt and special tokens included; as in `tokenize`."""
+        if not pairs:
+            return []
         with self._lock:
             if self.template is None:
-                return len(self._tokenizer(pair.query, pair.document, verbose=False).input_ids)
-            text, _, _ = self.template.fill(pair)
-            return len(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+                encoded = self._tokenizer([self._format.prompt + pair.query for pair in pairs],
+                                          [pair.document for pair in pairs], truncation=False, verbose=False)
+            else:
+                encoded = self._tokenizer([self.template.fill(pair)[0] for pair in pairs], add_special_tokens=False,
+                                          truncation=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
 
     def check_query_length(self, pairs: Sequence[Pair], *, strict: bool = False) -> None:
         """Raises what `tokenize` would, at little cost: a query that is short in bytes has few tokens.

@@ -74,7 +74,7 @@ class PairProbes:
         return cls(pairs=pairs, raw=scorer.raw_scores(pairs), final=scorer.score(pairs),
                    in_template=tokenizer.template is not None,
                    is_cut=[tokenizer.tokenize([pair]).num_truncated > 0 for pair in pairs],
-                   is_full=[tokenizer.count_tokens(pair) >= tokenizer.max_length for pair in pairs])
+                   is_full=[length >= tokenizer.max_length for length in tokenizer.count_tokens(pairs)])
 
     def without(self, excluded: Sequence[bool]) -> "PairProbes":
         """The other pairs."""
@@ -198,10 +198,10 @@ def border_pairs(tokenizer: PairTokenizer) -> list[Pair]:
     loses its end, which Sentence Transformers puts back since RESTORES_PROMPTS.
     """
     query, limit = PROBE_PAIRS[0][0], tokenizer.max_length
-    frame = tokenizer.count_tokens(Pair(query=query, document=""))
+    frame = tokenizer.count_tokens([Pair(query=query, document="")])[0]
     if limit > LONGEST_COMPUTED or limit <= frame:
         return []
-    probes = length_probes(lambda text: tokenizer.count_tokens(Pair(query=query, document=text)), limit)
+    probes = length_probes(lambda text: tokenizer.count_tokens([Pair(query=query, document=text)])[0], limit)
     stock_cuts_alike = (limit >= 2 * frame if tokenizer.template is None else
                         tuple(map(int, version("sentence-transformers").split(".")[:2])) >= RESTORES_PROMPTS)
     return [Pair(query=query, document=text) for text in (probes.texts if stock_cuts_alike else probes.fitting)]

@@ -215,9 +215,13 @@ def _truncated(log: RunLog) -> str | None:
     share = log.late("truncated_fraction")
     if share is None or share < 0.4:
         return None
+    if log.config.get("task") == "reranker":
+        length = _number(log.setting("reranker.max_length"))
+        return (f"{share:.0%} of the pairs are cut at reranker.max_length = {length}: raise it, up to the model's "
+                "positions; `data check` counts lengths")
     lengths = [_number(log.setting(f"data.{role}_max_length")) for role in ("query", "document")]
     return (f"{share:.0%} of the texts are cut: raise data.query_max_length and data.document_max_length (now "
-            f"{' and '.join(lengths)}); `data check` counts by role")
+            f"{' and '.join(lengths)}), up to the model's positions; `data check` counts by role")
 
 
 def _labels_of_one_kind(log: RunLog) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_embed.checkpoint.log_files import LARGEST_LOG, log_exists, objects_of_log
 from megatron_embed.config.load import read_resolved
 from megatron_embed.errors import ConfigError
+from megatron_embed.models.reranker_settings import RERANKER_FILE, read_reranker_settings
 
 CONFIGURATIONS = ("step_*/config.yaml", ".assets/config.yaml", "config.yaml")
 """Files with the resolved configuration of a run: in checkpoints, before the first one, and beside metrics that lie
@@ -89,6 +90,8 @@ def read_run(directory: str) -> RunLog:
         folder = below[0]
     files = [name for pattern in CONFIGURATIONS for name in sorted(folder.glob(pattern)) if name.is_file()]
     config: dict[str, Any] = read_resolved(files[-1]) if files else {}
+    if isinstance(reranker := config.get("reranker"), dict) and reranker.get("max_length") is None:
+        config["reranker"] = {**reranker, "max_length": _length_of_pairs(folder)}
     file = folder / "metrics.jsonl"
     elsewhere = config.get("logging", {}).get("directory")
     if not log_exists(file) and isinstance(elsewhere, str) and elsewhere:
@@ -105,6 +108,12 @@ def read_run(directory: str) -> RunLog:
         raise ConfigError(f"--run {directory}: no step is logged in {file} yet; ask again after "
                           "logging.every_steps steps", key="--run")
     return log
+
+
+def _length_of_pairs(folder: Path) -> int | None:
+    """Tokens of a reranker's pair where the configuration leaves it to the model; None without a checkpoint."""
+    found = (read_reranker_settings(file.parent) for file in folder.glob(f"step_*/hf/{RERANKER_FILE}"))
+    return next((settings.max_length for settings in found if settings is not None), None)
 
 
 def _rows(file: Path) -> Iterator[dict[str, float]]:

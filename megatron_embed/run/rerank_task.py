@@ -52,8 +52,7 @@ class RerankTask(Task):
         """Nothing to check: a pair's length is checked with its template, when that is opened."""
 
     def open(self) -> RecordSet:
-        self.settings = self._settings()
-        self.tokenizer = self._open_tokenizer()
+        self.open_tokenizer()
         self.head = head_spec(self.settings, self.tokenizer)
         config, records = self.config, open_records(self.config.data.files, "rerank", self.index_place)
         records.check_once(f"{self.settings_of_rows}{self.settings}", functools.partial(
@@ -70,8 +69,9 @@ class RerankTask(Task):
         return reranker_settings(self.config.reranker, model, lengths_are_set=self._lengths_are_set,
                                  longest=data.max_length("query") + data.max_length("document"))
 
-    def _open_tokenizer(self) -> PairTokenizer:
-        config = self.config
+    def open_tokenizer(self) -> PairTokenizer:
+        """Set `settings` and `tokenizer`, and return the latter. Raises UserError if training could not use them."""
+        config, self.settings = self.config, self._settings()
         with error_context("model.path", config.model.path):
             tokenizer = open_pair_tokenizer(self.settings, self.model)
         check_last_token(self.settings, tokenizer, "reranker.template" if config.reranker.template is not None else
@@ -81,7 +81,14 @@ class RerankTask(Task):
                               f"{config.model.path} names neither pad_token nor eos_token, without which the stock "
                               "libraries form no batch; set pad_token in its tokenizer_config.json",
                               key="checkpoint.export_at_end")
+        self.tokenizer = tokenizer
         return tokenizer
+
+    @property
+    def samples_documents(self) -> bool:
+        """Whether a step samples a row's negatives, so that any of them may be used."""
+        data = self.config.data
+        return data.shuffle if data.document_sampling is None else data.document_sampling == "random"
 
     def check_evaluations(self, suite: EvaluationSuite) -> None:
         """Nothing to check: lists of documents are checked where they are read."""
@@ -128,12 +135,10 @@ class RerankTask(Task):
             export=functools.partial(self._export, scorer, inputs.records))
 
     def build_loader(self, inputs: Inputs, dp_rank: int, dp_size: int) -> RerankLoader:
-        data = self.config.data
-        samples = data.shuffle if data.document_sampling is None else data.document_sampling == "random"
         return RerankLoader(
             inputs.records, inputs.sampler, self.tokenizer, self.packing, dp_rank=dp_rank, dp_size=dp_size,
-            num_negatives=data.num_negatives,
-            seed=self.config.training.seed if samples else None)
+            num_negatives=self.config.data.num_negatives,
+            seed=self.config.training.seed if self.samples_documents else None)
 
     def _export(self, scorer: PairScorer, records: RecordSet, checkpoint: str, steps: int) -> None:
         export_reranker(checkpoint, self.wanted_exports(checkpoint, steps, None, records), scorer,

@@ -82,6 +82,56 @@ def test_tokens_of_real_rows_under_a_configuration(tmp_path, capsys):
     assert "texts are cut at 20, 0 have no tokens" in checked(capsys, str(config), "data.query_max_length=20")
 
 
+def pair_lengths(rows, num_negatives):
+    tokenizer = AutoTokenizer.from_pretrained(str(MINILM))
+    return [len(tokenizer(row["query"], document)["input_ids"]) for row in rows
+            for document in (*row["positive"], *row["negatives"][:num_negatives])]
+
+
+def test_pairs_of_a_reranker_are_counted_at_their_own_length(tmp_path, capsys):
+    lines = [json.loads(line) for line in MINI_EN.read_text().splitlines()][:48]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({
+        "task": "reranker", "model": {"path": str(MINILM)}, "objective": {"loss": "listwise"},
+        "reranker": {"max_length": 64}, "data": {"train": [str(data)], "num_negatives": 1}}))
+    for settings, negatives, limit in ((["data.document_sampling=first"], 1, 64), ([], None, 64),
+                                       (["reranker.max_length=null", "data.query_max_length=20",
+                                         "data.document_max_length=80"], None, 100)):
+        (counts,) = json.loads(checked(capsys, str(config), *settings, "--json"))
+        lengths = pair_lengths(lines, negatives)
+        pairs = counts["pair tokens"]
+        assert (pairs["texts"], pairs["longest"], pairs["at"]) == (len(lengths), max(lengths), limit)
+        assert pairs["cut"] == sum(length > limit for length in lengths) > 0
+        assert not counts.keys() & {"query tokens", "document tokens"}
+        assert counts["rows with fewer negatives than data.num_negatives"] == sum(not row["negatives"] for row in lines)
+    assert f"of {len(lengths)} pairs are cut at reranker.max_length = 64" in checked(capsys, str(config))
+    data.write_text('{"query": "' + "long " * 70 + '", "positive": "a"}\n')
+    assert main(["data", "check", str(config)]) == 2
+    assert "of reranker.max_length = 64 tokens, which leaves none for the document" in capsys.readouterr().err
+
+
+def test_texts_are_cut_at_the_models_positions(rows, tmp_path, capsys, caplog):
+    with open(rows, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"query": "f", "positive": "word " * 600}) + "\n")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"model": {"path": str(MINILM)}, "data": {
+        "train": [rows], "query_max_length": 512, "document_max_length": 8192}}))
+    (counts,) = json.loads(checked(capsys, str(config), "--json"))
+    documents = counts["document tokens"]
+    assert (documents["at"], documents["longest"], documents["cut"], counts["query tokens"]["at"]) == (512, 602, 1, 512)
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["data.document_max_length = 8192 is longer than the model's 512 positions, which training refuses; "
+                    "lengths are compared with these"]
+    caplog.clear()
+    for length, expected in ((), 256), (("--max-length", "300"), 300), (("--max-length", "8192"), 512):
+        (counts,) = json.loads(checked(capsys, rows, "--model", str(MINILM), "--json", *length))
+        assert counts["document tokens"]["at"] == counts["query tokens"]["at"] == expected
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "--max-length = 8192 is longer than the model's 512 positions; lengths are compared with these"]
+
+
 def test_refusals(rows, tmp_path, capsys):
     with open(rows, "a", encoding="utf-8") as file:
         file.write('{"query": "q", "positive": ""}\n')

@@ -46,6 +46,9 @@ def test_ids_are_those_of_the_whole_text(bpe):
     stock = AutoTokenizer.from_pretrained(bpe)
     assert rows.token_ids == [stock("".join(filled(pair)), add_special_tokens=False).input_ids for pair in PAIRS]
     assert rows.num_truncated == 0 and rows.token_types is None
+    short = PairTokenizer(bpe, template=template(), max_length=300)
+    assert short.count_tokens(PAIRS) == [len(ids) for ids in rows.token_ids]
+    assert short.tokenize(PAIRS).num_truncated == sum(count > 300 for count in short.count_tokens(PAIRS))
 
 
 @pytest.mark.parametrize("kept", [3, 6])
@@ -96,6 +99,7 @@ def test_a_prompt_stands_before_the_query_of_a_pair():
     tokenizer = PairTokenizer(str(MINILM), template=None, max_length=64, pair_format=PairFormat(prompt="judge: "))
     rows = tokenizer.tokenize(PAIRS)
     assert rows.token_ids == [stock("judge: " + pair.query, pair.document).input_ids for pair in PAIRS]
+    assert tokenizer.count_tokens(PAIRS) == [len(ids) for ids in rows.token_ids]
 
 
 def test_an_unread_token_is_left_out_at_the_end_alone(bpe):

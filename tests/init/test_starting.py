@@ -69,7 +69,7 @@ def test_what_is_not_here_is_told(tmp_path, capsys):
             (["init"], "init takes MODEL DATA"), (["init", SMALL], "give the data too"),
             (["init", SMALL, "a.jsonl", "--from", "x"], "init takes MODEL DATA"),
             (["init", SMALL, str(tmp_path / "none.jsonl")], "no such file"),
-            (["init", "--from", "python a.py --lr 1", "--lora"], "--task, --lora, --gpus and --columns are for a starting"),
+            (["init", "--from", "python a.py --lr 1", "--lora"], "--task, --lora, --gpus and --columns are for a"),
             (["init", "--from", str(tmp_path / "run.yaml")], "a configuration of megatron-embed already")]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]

@@ -9,6 +9,7 @@ import yaml
 from megatron_embed.__main__ import main
 from megatron_embed.config.load import config_of_values, save_resolved
 from megatron_embed.errors import ConfigError
+from megatron_embed.models.reranker_settings import RerankerSettings, write_reranker_settings
 from megatron_embed.run.diagnosis import AT_ONCE, GUESSING, RULES, mistakes
 from megatron_embed.run.logged_run import RunLog, read_run
 
@@ -98,6 +99,30 @@ def test_a_good_run_has_none(path, tmp_path, capsys):
     ("masked negatives", run_of([{"masked_fraction": 0.4}] * 20))])
 def test_rules_without_an_example(name, log):
     assert [rule for rule, _ in mistakes(log)] == [name]
+
+
+def test_the_length_that_cuts_a_rerankers_pairs_is_named(tmp_path):
+    """reranker.max_length has effect, whatever data.*_max_length are; where it is null, a checkpoint says its value."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **STEP, "truncated_fraction": 0.77}) + "\n")
+
+    def said(length, saved=None):
+        config = {"task": "reranker", "reranker": {"max_length": length},
+                  "data": {"query_max_length": 512, "document_max_length": 512}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        if saved is not None:
+            write_reranker_settings(tmp_path / "step_000001" / "hf", saved)
+        ((name, text),) = mistakes(read_run(str(tmp_path)))
+        return name, text
+
+    (tmp_path / "step_000001" / "hf").mkdir(parents=True)
+    words = ("77% of the pairs are cut at reranker.max_length = {}: raise it, up to the model's positions; `data "
+             "check` counts lengths")
+    assert said(128) == ("cut texts", words.format(128))
+    assert said(None) == ("cut texts", words.format("unknown"))
+    settings = RerankerSettings(head="score", template=None, instruction="", true_token="yes", false_token="no",
+                                max_length=96, activation="sigmoid")
+    assert said(None, settings) == ("cut texts", words.format(96))
+    assert said(128) == ("cut texts", words.format(128))
 
 
 def test_little_is_said_of_a_few_steps():
