@@ -90,6 +90,8 @@ def pair_lengths(rows, num_negatives):
 
 def test_pairs_of_a_reranker_are_counted_at_their_own_length(tmp_path, capsys):
     lines = [json.loads(line) for line in MINI_EN.read_text().splitlines()][:48]
+    lines = [{**line, "negatives": [*line["negatives"], *other["positive"], "short"][:3 * (row > 2)]}
+             for row, (line, other) in enumerate(zip(lines, reversed(lines), strict=True))]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = tmp_path / "run.yaml"
