@@ -22,11 +22,11 @@ class Columns:
         key: what sets them: COLUMNS_SETTING, COLUMNS_OPTION, or None where nothing does.
 
     Attributes:
-        found: those of the columns that were in a row.
+        present: those of the columns that were in a row.
     """
 
     def __init__(self, fields: dict[str, str], key: str | None) -> None:
-        self.found: set[str] = set()
+        self.present: set[str] = set()
         self._fields = fields
         self._key = key
 
@@ -43,25 +43,25 @@ class Columns:
     def absent(self, row: Row) -> dict[str, str]:
         """Columns that the row lacks, with their fields; takes note of those that it has."""
         if row.keys() >= self._fields.keys():
-            self.found.update(self._fields)
+            self.present.update(self._fields)
             return {}
-        self.found.update(row.keys() & self._fields.keys())
+        self.present.update(row.keys() & self._fields.keys())
         return {name: field for name, field in self._fields.items() if name not in row}
 
     def needed(self, name: str, row: Row, source: str) -> DataError:
         """The error for a row, as it is written, without a column whose field every row needs."""
         return self._error(name, row, source, f"every row needs {self._fields[name]!r}; correct the name, or the row")
 
-    def require_found(self, found: Collection[str], first_row: Callable[[], tuple[Row, str]],
+    def require_found(self, present: Collection[str], first_row: Callable[[], tuple[Row, str]],
                       known: Collection[str]) -> None:
         """Raise DataError for a column that no row has.
 
         Args:
-            found: the columns that some row has.
+            present: the columns that some row has.
             first_row: reads the first row as it is written, with its FILE:LINE.
             known: fields of the file's format.
         """
-        if absent := [name for name in self._fields if name not in found]:
+        if absent := [name for name in self._fields if name not in present]:
             raise self._error(absent[0], *first_row(), "no other row has it either; correct the name, or leave it out",
                               known)
 

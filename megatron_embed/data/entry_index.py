@@ -55,7 +55,7 @@ def _scanned(rows: RawRows, reader: RowReader) -> RowIndex:
     writer = UnitWriter(0, lambda info, data: parts.append(Part(info, data)))
     for row, source in rows.scan():
         writer.add(reader.read(row, source))
-    writer.summary.columns = set(reader.columns.found)
+    writer.summary.columns = set(reader.columns.present)
     return RowIndex([writer.finish()], parts)
 
 
@@ -128,6 +128,6 @@ class _Entry:
             raise DataError(f"{path}:1: the file was changed while it was read; start the run again")
         writer.summary.lines = line_number - lines_before
         writer.summary.ignored = set(reader.ignored)
-        writer.summary.columns = set(reader.columns.found)
+        writer.summary.columns = set(reader.columns.present)
         writer.summary.format = None if reader.format is None else reader.format.name
         return writer.finish()

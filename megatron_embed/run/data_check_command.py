@@ -70,7 +70,7 @@ def check_with_model(config: RunConfig, *, is_run: bool) -> list[Counts]:
     model = find_model(config.model.path)
     records = open_records(config.data.files, kind=None, columns_key=COLUMNS_SETTING if is_run else COLUMNS_OPTION)
     samples, counter = config.data.samples_documents, None
-    if config.task == "reranker":
+    if config.workload.rows == "rerank":
         counter = _Pairs(RerankTask(config, model, None))
     else:
         config = inherited(config, model)

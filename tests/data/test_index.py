@@ -138,13 +138,13 @@ def test_columns_are_found_in_any_unit_and_missed_at_every_start(write_rows: Wri
     """A process that reads other units than that with the column, or none, answers as one that reads all."""
     lines = [json.dumps({"text": f"q{row}", "positive": f"p{row}"}) for row in range(400)]
     path = write_rows([*lines[:-1], json.dumps({"text": "q", "positive": "p", "bad": "n"})])
-    place = directory if directory == "none" else tmp_path / directory
+    kept = directory if directory == "none" else tmp_path / directory
     for _ in range(2):
-        assert opened(path, place, columns={"text": "query", "bad": "negatives"}).most_negatives == 1
+        assert opened(path, kept, columns={"text": "query", "bad": "negatives"}).most_negatives == 1
     errors = []
     for start in range(3):
         with pytest.raises(DataError) as caught:
-            opened(path, place, columns={"text": "query", "worst": "negatives"})
+            opened(path, kept, columns={"text": "query", "worst": "negatives"})
         errors.append(str(caught.value))
         if start == 1 and directory == "index":  # what a process finds that reads the last unit alone
             folder = max((tmp_path / directory).iterdir(), key=lambda folder: folder.stat().st_mtime_ns)

@@ -113,7 +113,7 @@ def test_directories_and_patterns_are_one_data_set(tmp_path):
     assert require_rows(str(tmp_path / "part"), "data.train") == "files"
     together = open_records((TrainFile(path=str(tmp_path / "part")),))
     assert together[1].source.endswith("b.jsonl:1") and len(together.files) == 1
-    counts = check_records(together, num_negatives=None, num_positives=1, tokenizer=None, max_lengths={})
+    counts = check_records(together)
     assert [(entry["path"], entry["rows"]) for entry in counts] == [(str(tmp_path / "part"), 2)]
     write(tmp_path / "[x].jsonl", '{"query": "brackets", "positive": "p"}\n')
     assert records(tmp_path / "[x].jsonl")[0].query == "brackets"
