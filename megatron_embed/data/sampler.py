@@ -130,8 +130,9 @@ class GlobalBatchSampler(Sampler):
         texts = SharedTexts(*self._records.text_ids(rows, self._num_negatives), len(rows), size)
         batches, num_duplicates = divided(texts, len(rows), size)
         if num_duplicates and not self.num_duplicates:
-            logger.warning("%s: in steps %d to %d, %d of %d rows share a global batch with an equal text (one text is "
-                           "in %d rows); objective.mask_duplicates: true keeps them from being each other's negatives",
-                           self._name, steps.start + 1, steps.stop, num_duplicates, len(rows), texts.most_rows)
+            # NOTE: a block may end after the run, and steps of one of several sets are its turns: no steps are named.
+            logger.warning("%s: %d of %d drawn rows share a global batch with an equal text (one text is in %d rows); "
+                           "objective.mask_duplicates: true keeps them from being each other's negatives",
+                           self._name, num_duplicates, len(rows), texts.most_rows)
         self.num_duplicates += num_duplicates
         return rows[np.array(batches, dtype=np.int64)]

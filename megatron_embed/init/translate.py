@@ -94,8 +94,7 @@ def _translate_embedding(draft: Draft) -> None:
             draft.set("embedding.pooling", ours, pooling[1])
     normalize = draft.flag("normalize")
     if normalize is not None:
-        comment = normalize[1] if draft.trainer != "ms-swift" else "ms-swift's embeddings always have unit length"
-        draft.set("embedding.normalize", normalize[0], comment)
+        draft.set("embedding.normalize", normalize[0], normalize[1])
     dims = draft.settings.take("matryoshka_dims")
     if dims is not None and isinstance(dims.value, list):
         draft.set("embedding.matryoshka_dims", sorted(map(int, dims.value), reverse=True), dims.written)
