@@ -24,6 +24,7 @@ from megatron_embed.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "examples" / "data" / "mini_en" / "train.jsonl"
+CHINESE_ROWS = ROOT / "examples" / "data" / "mini_zh" / "train.jsonl"
 Row = dict[str, Any]
 Settings = dict[str, dict[str, Any]]
 METRICS = ("step", "epoch", "loss", "in_batch_accuracy", "accuracy", "similarity", "positive_similarity",
@@ -33,12 +34,12 @@ METRICS = ("step", "epoch", "loss", "in_batch_accuracy", "accuracy", "similarity
            "eval/rerank/ndcg@10", "eval/loss")
 
 
-def read_rows(count: int) -> list[Row]:
+def read_rows(count: int, path: Path = ROWS) -> list[Row]:
     """The first rows, with one negative each; the first sixty words of the documents."""
     def beginning(texts: list[str]) -> list[str]:
         return [" ".join(text.split()[:60]) for text in texts[:1]]
 
-    lines = ROWS.read_text(encoding="utf-8").splitlines()[:count]
+    lines = path.read_text(encoding="utf-8").splitlines()[:count]
     return [{"query": row["query"], "positive": beginning(row["positive"]), "negatives": beginning(row["negatives"])}
             for row in map(json.loads, lines)]
 
@@ -52,6 +53,11 @@ def shuffled_positives(rows: list[Row]) -> list[Row]:
 
 def repeated_queries(rows: list[Row]) -> list[Row]:
     return [{**row, "positive": [row["query"]]} for row in rows]
+
+
+def in_chinese(rows: list[Row]) -> list[Row]:
+    """As many rows of a language that the model does not know."""
+    return read_rows(len(rows), CHINESE_ROWS)
 
 
 def swapped(rows: list[Row]) -> list[Row]:
@@ -125,6 +131,8 @@ FAULTY = {
                              training__learning_rate=1e-3),
     "labels_inverted": run(inverted_pairs, objective__loss="cosine_similarity"),
     "rate_too_high": run(training__learning_rate=2e-2),
+    "entropy_of_labels": run(in_chinese, task="reranker", embedding__pooling=None, objective__loss="pointwise",
+                             data__num_negatives=1),
     "endless_warmup": run(training__warmup_ratio=0.9),
     "few_negatives": run(training__global_batch_size=2, training__micro_batch_size=2),
     "labels_of_one_kind": run(positives_alone, objective__loss="cosine_similarity"),

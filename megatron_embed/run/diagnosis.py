@@ -127,6 +127,24 @@ def _labels_inverted(log: RunLog) -> str | None:
             "(1 must mean similar), or positives and negatives are in each other's places")
 
 
+def _entropy_of_labels(log: RunLog) -> str | None:
+    positive, negative = log.late("positive_score"), log.late("negative_score")
+    loss, accuracy = log.late("loss"), log.late("accuracy")
+    if log.setting("objective.loss") != "pointwise" or positive is None or negative is None or loss is None:
+        return None
+    negatives = log.number("data.num_negatives")
+    # One positive each; else the share that the scores have learned.
+    share = 1 / (1 + negatives) if negatives is not None and negatives >= 1 else 1 / (1 + math.exp(
+        -max(-30.0, min(30.0, (positive + negative) / 2))))
+    entropy = -share * math.log(share) - (1 - share) * math.log1p(-share)
+    if accuracy is None or accuracy > share + 0.2 or abs(positive - negative) > 0.1 or loss < 0.97 * entropy:
+        return None
+    return (f"the loss stays at {loss:.3g}, where the entropy of the labels is {entropy:.3g}, and positives and "
+            f"negatives have the same score ({positive:.2f} and {negative:.2f}): the reranker learned the share of the "
+            "positives, not which they are. objective.loss: listwise learns the order from fewer lists; pointwise needs "
+            "thousands of them, or begins with a model that is a reranker")
+
+
 def _similarities_sink(log: RunLog) -> str | None:
     first, last = log.early("positive_similarity"), log.late("positive_similarity")
     before, after = log.early("margin_to_mean_negative"), log.late("margin_to_mean_negative")
@@ -289,14 +307,15 @@ RULES: dict[str, Rule] = {
     "vectors alike": _collapsed, "learning rate too small": _rate_too_small, "endless warmup": _endless_warmup,
     "temperature too large": _temperature_too_large, "positive repeats query": _positive_repeats_query,
     "negatives too easy": _too_easy, "copies in a batch": _copies_in_batch, "learning rate too high": _rate_too_high,
-    "wrong positives": _wrong_positives, "similarities sink": _similarities_sink, "labels inverted": _labels_inverted,
+    "wrong positives": _wrong_positives, "entropy of the labels": _entropy_of_labels,
+    "similarities sink": _similarities_sink, "labels inverted": _labels_inverted,
     "labels of one kind": _labels_of_one_kind, "masked negatives": _masked, "few negatives": _few_negatives,
     "evaluation below the start": _worse_than_before, "evaluation falls": _evaluation_falls,
     "gradient spikes": _gradient_spikes, "padding": _padding, "cut texts": _truncated}
 """By name, the most telling first."""
 GUESSING = ("not finite", "temperature too small", "vectors alike", "learning rate too small", "endless warmup",
             "temperature too large", "copies in a batch", "learning rate too high", "wrong positives",
-            "similarities sink")
+            "entropy of the labels", "similarities sink")
 """Rules that explain why a loss stays at guessing: the first one that applies is enough."""
 AT_ONCE = ("not finite", "labels of one kind", "padding", "cut texts", "few negatives")
 """Rules that need no curve."""

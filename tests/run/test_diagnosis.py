@@ -22,7 +22,8 @@ CAUSES = {
     "cut_texts": "cut texts", "evaluation_falls": "evaluation falls", "endless_warmup": "endless warmup",
     "few_negatives": "few negatives", "labels_of_one_kind": "labels of one kind", "not_finite": "not finite",
     "swapped": "evaluation below the start", "similarities_sink": "similarities sink",
-    "labels_inverted": "labels inverted", "rate_too_high": "learning rate too high"}
+    "labels_inverted": "labels inverted", "rate_too_high": "learning rate too high",
+    "entropy_of_labels": "entropy of the labels"}
 """The fault that each of the runs was given -> the rule that has to name it first."""
 STEP = {"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 1.0}
 
