@@ -141,8 +141,8 @@ def _entropy_of_labels(log: RunLog) -> str | None:
         return None
     return (f"the loss stays at {loss:.3g}, where the entropy of the labels is {entropy:.3g}, and positives and "
             f"negatives have the same score ({positive:.2f} and {negative:.2f}): the reranker learned the share of the "
-            "positives, not which they are. objective.loss: listwise learns the order from fewer lists; pointwise needs "
-            "thousands of them, or begins with a model that is a reranker")
+            "positives, not which they are. objective.loss: listwise learns the order from fewer lists; pointwise "
+            "needs thousands of them, or begins with a model that is a reranker")
 
 
 def _similarities_sink(log: RunLog) -> str | None:
