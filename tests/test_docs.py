@@ -57,13 +57,17 @@ def test_files_that_pages_name_exist():
     assert [entry for entry in sorted(named) if not (REPOSITORY / entry[1]).exists()] == []
 
 
+HEADING = r"^#+ (.*?)(?: \{ #([\w-]+) \})?$"
+"""A heading and the name that links to it have, if it is not made from its words."""
+
+
 def test_links_between_pages_lead_somewhere():
     broken = []
     for page in [*(REPOSITORY / "docs").rglob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "tools" / "README.md"]:
         for name, section in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", page.read_text("utf-8")):
             file = page.parent / name if name else page
-            headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE) if section else []
-            known = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            headings = re.findall(HEADING, file.read_text("utf-8"), re.MULTILINE) if section else []
+            known = {given or re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading, given in headings}
             if not file.exists() or (section and section not in known):
                 broken.append((page.name, name, section))
     assert broken == []
