@@ -16,7 +16,7 @@ from megatron_embed.evaluation.finite import require_finite
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, to_device
 from megatron_embed.models.passes import embed, evaluation_mode, unwrapped
 from megatron_embed.models.vocabulary_shape import padded_vocabulary
-from megatron_embed.names import ModelPooling, Role
+from megatron_embed.names import JOINT_POOLINGS, ModelPooling, Role
 from megatron_embed.parallel.collectives import (
     gather_padded,
     largest,
@@ -127,7 +127,7 @@ class ModelRunner:
         num_items = len(items[self.topology.dp_rank :: self.topology.dp_size])
         micro_batches = self._pack_block(items, pack, first)
         counts = torch.ones(num_items, dtype=torch.int64)
-        if self.pooling == "tokens":
+        if self.pooling == "tokens" or self.pooling in JOINT_POOLINGS.values():
             counts = vector_counts(micro_batches)[:num_items]
         with evaluation_mode(self.chunks):
             vectors = self._run_share(micro_batches, int(counts.sum()))
@@ -179,13 +179,13 @@ class ModelRunner:
 
 
 def vector_counts(micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """[rows] int64, vectors of each row of a multi-vector model."""
+    """[rows] int64, vectors of each row of a multi-vector model; rows of each text of a joint model."""
     rows, counts = [], []
     for micro in micro_batches:
         assert micro.vectors is not None
         kept = torch.nn.functional.pad((micro.vectors >= 0).cumsum(0), (1, 0))
         rows.append(micro.rows)
-        counts.append(kept[micro.cu_seqlens.long()].diff())
+        counts.append(kept[micro.cu_seqlens.long()].diff() + (micro.joint.dense_rows if micro.joint else 0))
     return torch.cat(counts)[torch.cat(rows).argsort()]
 
 

@@ -16,7 +16,7 @@ import torch
 from megatron_embed.checkpoint.load import load_model
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
-from megatron_embed.config.vector_format import format_of_run, with_format
+from megatron_embed.config.vector_format import JointFormat, format_of_run, with_format
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.lora_names import parts_by_linear, resolve_modules
@@ -34,7 +34,12 @@ from megatron_embed.loading.quantized import load_quantized_weights, quantized_a
 from megatron_embed.loading.vocabulary_head import check_sparse, holds_vocabulary_head, load_vocabulary_head
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
-from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
+from megatron_embed.models.dense_settings import (
+    DenseSettings,
+    dense_of_run,
+    embedding_width,
+    joint_projection,
+)
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
@@ -45,7 +50,7 @@ from megatron_embed.models.quantization import QuantizedBase, StoredQuantization
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.models.vocabulary_shape import padded_vocabulary
-from megatron_embed.names import ModelPooling, Pooling, Role
+from megatron_embed.names import JOINT_POOLINGS, ModelPooling, Pooling, Role
 from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
@@ -86,6 +91,8 @@ class ModelDirectory:
     """The base model's Hugging Face directory then, from which the weights come."""
     new_vectors: bool = False
     """A run makes a multi-vector model of it, which it is not by its files."""
+    joint: JointFormat | None = None
+    """The rows that it gives as a joint model; None: it is used as another one."""
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -99,6 +106,7 @@ class ModelDirectory:
         return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
                           chat_content=None if chat is None else chat.content,
                           chat_variables={} if chat is None else chat.variables, vectors=saved.vectors,
+                          joint=self.joint,
                           pools_prompts=saved.pools_prompts)
 
     @property
@@ -114,6 +122,8 @@ class ModelDirectory:
 
     def dense(self, config: EmbeddingConfig) -> tuple[DenseSettings, ...]:
         """Its Dense modules, or the new one of a run. Raises ConfigError, see `dense_of_run`."""
+        if self.joint is not None:
+            return (joint_projection(self.joint),)
         return dense_of_run(config, self.saved.dense, self.shape, self.pooling(config.pooling),
                             new_vectors=self.new_vectors)
 
@@ -133,17 +143,41 @@ class ModelDirectory:
 
     def of_run(self, config: EmbeddingConfig) -> Self:
         """The model with the head that a run gives it, whose settings are complete; see `with_format`."""
+        if config.head == "joint":
+            return self.with_joint_heads(config)
         vectors = format_of_run(config, self.saved.vectors)
         return dataclasses.replace(
             self, new_vectors=self.new_vectors or (vectors is not None and self.saved.vectors is None),
             saved=dataclasses.replace(self.saved, vectors=vectors, sparse=config.head == "sparse"))
+
+    def with_joint_heads(self, config: EmbeddingConfig) -> Self:
+        """The same as a joint model, with its own heads or new ones. Raises ConfigError for a model that cannot be."""
+        key, own, wanted = "embedding.head", self.saved.joint_dim, config.embedding_dim
+        others = (("modules Dense", bool(self.saved.dense)), ("a vector for every token", self.saved.vectors is not None),
+                  ("sparse vectors", self.saved.sparse), ("a chat template around every text", self.saved.chat is not None),
+                  ("adapters", self.adapters is not None))
+        for what, has in others:
+            if has:
+                raise ConfigError(f"{key} = 'joint': {self.path} has {what}, which a joint model has not; take a model "
+                                  "without", key=key)
+        if own is not None and wanted not in (None, own):
+            raise ConfigError(f"embedding.embedding_dim = {wanted}: the model's own heads give vectors of {own} numbers; "
+                              "remove the setting", key="embedding.embedding_dim")
+        joint = JointFormat(hidden_size=self.shape.hidden_size, token_dim=wanted or own or self.shape.hidden_size)
+        return dataclasses.replace(self, joint=joint)
 
     def pooling(self, wanted: Pooling | None) -> ModelPooling:
         """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder; `tokens` of a
         multi-vector model, `splade` of a sparse one."""
         if self.saved.sparse or self.saved.vectors is not None:
             return "splade" if self.saved.sparse else "tokens"
-        return wanted or self.saved.pooling or default_pooling(self.shape)
+        own = wanted or self.saved.pooling or default_pooling(self.shape)
+        if self.joint is None:
+            return own
+        if own not in JOINT_POOLINGS:
+            raise ConfigError(f"embedding.pooling = {own!r}: a joint model's texts are pooled by "
+                              f"{', '.join(JOINT_POOLINGS)}; set one of them", key="embedding.pooling")
+        return JOINT_POOLINGS[own]
 
 
 def find_model(path: str, key: str = "model.path") -> ModelDirectory:

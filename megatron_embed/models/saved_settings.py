@@ -95,6 +95,8 @@ class SavedSettings:
     """The tokens of a multi-vector model that give vectors; None: a text gives one vector."""
     sparse: bool = False
     """A text gives a weight for every token of the vocabulary."""
+    joint_dim: int | None = None
+    """Numbers of a token's vector by the heads that a joint model has beside its weights; None: there are none."""
 
     @property
     def default_prompt(self) -> str:
