@@ -16,6 +16,7 @@ from megatron_embed.config.vector_format import VectorFormat
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.dense_settings import ACTIVATION_CLASSES, LARGEST_FEATURES, DenseSettings, check_chain
 from megatron_embed.models.families import ModelShape, read_hf_config
+from megatron_embed.models.joint_files import joint_dim
 from megatron_embed.models.key_table import shown_value
 from megatron_embed.models.known_keys import (
     CONFIG_SENTENCE_TRANSFORMERS,
@@ -209,6 +210,7 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     common: dict[str, Any] = {"dtype": dtype if isinstance(dtype, str) else None, "adds_eos": transformer.adds_eos,
                               "max_length": transformer.max_length, "stated_length": transformer.stated_length,
                               "length_key": transformer.length_key, "truncation_side": transformer.truncation_side}
+    common["joint_dim"] = joint_dim(own)
     if not modules:
         refuse_stanford(folder, hf)
         return SavedSettings(**common)
