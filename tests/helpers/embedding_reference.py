@@ -29,6 +29,7 @@ from tests.helpers.exactness_cases import (
     BOUND,
     JOINT_LOSS_WEIGHTS,
     JOINT_SCORE_WEIGHTS,
+    JOINT_TEMPERATURE,
     LOSS_BOUND,
     MULTI_VECTOR_TEMPERATURE,
     NUM_NEGATIVES,
@@ -358,7 +359,7 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
 
     if case.joint:
         losses = [joint_loss([score[queries][:, documents].masked_fill(excluded[queries][:, documents], -math.inf)
-                              / rows.temperature for score in three],
+                              / JOINT_TEMPERATURE for score in three],
                              torch.searchsorted(documents, positive[queries]), JOINT_SCORE_WEIGHTS, JOINT_LOSS_WEIGHTS,
                              distils=case.joint == "distilled").sum() for queries, documents in pools]
     elif case.stored:

@@ -491,6 +491,7 @@ SPARSE_WEIGHTS = {"flops": (0.001, 0.0008), "tied": (0.001, 0.0008), "l1": (0.00
 """Of the regularizers of queries and documents: terms of about half the size of the loss."""
 JOINT_SCORE_WEIGHTS, JOINT_LOSS_WEIGHTS = (1.0, 0.3, 0.8), (0.9, 0.4, 1.0)
 """Of a joint model's dense, sparse and multi-vector scores, and of their losses."""
+JOINT_TEMPERATURE = 0.3
 MULTI_VECTOR_TEMPERATURE = 0.5
 """Divides sums over a dozen vectors."""
 
@@ -511,7 +512,7 @@ def objective_of(case: Case) -> ObjectiveConfig:
     if case.others == "distilled":
         return ObjectiveConfig(loss="embedding_distillation", teacher_model="teacher")
     if case.joint:
-        return ObjectiveConfig(temperature=rows.temperature, negatives=case.negatives, mask_duplicates=rows.masked,
+        return ObjectiveConfig(temperature=JOINT_TEMPERATURE, negatives=case.negatives, mask_duplicates=rows.masked,
                                score_weights=JOINT_SCORE_WEIGHTS, score_loss_weights=JOINT_LOSS_WEIGHTS,
                                self_distillation=case.joint == "distilled")
     others = {"compatible_with": "old", "compatible_weight": 0.7} if case.others == "compatible" else {}

@@ -71,7 +71,7 @@ def add_joint_heads(path: Path, hidden: int = 32, seed: int = 61) -> Path:
     for name, outputs in (("colbert_linear", TOKEN_DIM), ("sparse_linear", 1)):
         layer = torch.nn.Linear(hidden, outputs)
         with torch.no_grad():
-            layer.weight.normal_(0.0, 1.5 * hidden**-0.5)
+            layer.weight.normal_(0.0, (1.5 if outputs > 1 else 0.4) * hidden**-0.5)
             layer.bias.normal_(0.2, 0.1)
         torch.save(layer.state_dict(), path / f"{name}.pt")
     return path
