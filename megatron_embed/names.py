@@ -19,6 +19,11 @@ JOINT_POOLINGS: dict[Pooling, ModelPooling] = {"cls": "cls+tokens", "mean": "mea
                                                "lasttoken": "lasttoken+tokens"}
 """Of a joint model, by the pooling of its texts' vectors."""
 
+def pools_last_token(pooling: ModelPooling) -> bool:
+    """Whether a text's vector is the state of its last token."""
+    return pooling in ("lasttoken", JOINT_POOLINGS["lasttoken"])
+
+
 EmbeddingHead = Literal["dense", "multi_vector", "sparse", "joint"]
 """What an embedding model gives for a text: one vector, a vector for every token (late interaction), a weight for every
 token of the vocabulary (SPLADE), or (as BGE-M3) one vector, and a vector and a weight for each of its own tokens."""

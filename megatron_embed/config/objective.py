@@ -26,6 +26,8 @@ REGULARIZERS = ("query_regularizer", "query_regularizer_weight", "document_regul
 """Settings of the terms that keep the vectors of a sparse model sparse."""
 OF_JOINT = ("score_weights", "score_loss_weights", "self_distillation")
 """Settings of the loss of a joint model."""
+SCORE_WEIGHTS = (1.0, 0.3, 1.0)
+"""Of a joint model's scores in their sum, those of BGE-M3."""
 QUERY_REGULARIZER_WEIGHT, DOCUMENT_REGULARIZER_WEIGHT = 5e-5, 3e-5
 """Those of Sentence Transformers' examples."""
 EMBEDDING_LOSSES = (*CONTRASTIVE, *LABELLED_PAIRS, *WITH_HARD_NEGATIVES, DISTILLED_VECTORS)
@@ -109,7 +111,7 @@ class ObjectiveConfig:
     """Optimizer steps over which both factors rise from 0, >= 0; a third of all steps in Sentence Transformers."""
     regularizer_schedule: Literal["quadratic", "linear"] = "quadratic"
     """How they rise: with the square of the share of these steps, or with the share."""
-    score_weights: tuple[float, ...] = (1.0, 0.3, 1.0)
+    score_weights: tuple[float, ...] = SCORE_WEIGHTS
     """Weights of a joint model's dense, sparse and multi-vector score in their sum, >= 0, the sum by which `evaluate`
     ranks too; the default is BGE-M3's."""
     score_loss_weights: tuple[float, ...] = (1.0, 0.1, 1.0)

@@ -4,6 +4,7 @@ import string
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from megatron_embed.config.objective import SCORE_WEIGHTS
 from megatron_embed.names import Role
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class JointFormat:
     """Numbers of a text's own vector."""
     token_dim: int
     """Numbers of a token's."""
+    score_weights: tuple[float, ...] = SCORE_WEIGHTS
+    """Of the scores in their sum, in the order of JOINT_SCORES."""
 
     @property
     def width(self) -> int:

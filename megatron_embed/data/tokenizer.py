@@ -73,6 +73,7 @@ class RoleTokenizer:
     Attributes:
         pad_token_id: an id that may fill padding: the tokenizer's pad, else its EOS, else 0.
         eos_token_id: the tokenizer's, None if it has none.
+        joint: the rows of a text, of a joint model; None: another one.
         notices: what was logged of its texts, for a run to say it once.
 
     Raises:
@@ -112,6 +113,7 @@ class RoleTokenizer:
             self._token_vectors = TokenVectors(self._tokenizer, text_format.vectors, model_dir)
             self._max_lengths["query"] = self._token_vectors.cut_length(
                 query_max_length, raised=text_format.raises_query_length)
+        self.joint = text_format.joint
         self._joint = None if text_format.joint is None else JointTokens(self._tokenizer, text_format.joint, model_dir)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         pad = next((i for i in (self._tokenizer.pad_token_id, self.eos_token_id)

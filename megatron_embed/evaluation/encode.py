@@ -61,6 +61,12 @@ class ModelRunner:
         self.packing = PackingSpec(micro_batch_tokens=MICRO_BATCH_TOKENS, alignment=token_alignment(topology.sizes),
                                    uniform_size=topology.pp_size > 1)
 
+    @property
+    def gives_several(self) -> bool:
+        """Whether a text gives more than one vector that fits into a matrix of all texts: those of its tokens, or a
+        weight for every token of the vocabulary."""
+        return self.pooling in ("tokens", "splade", *JOINT_POOLINGS.values())
+
     def run(self, items: Sequence[Item], pack: Pack[Item], bar: "tqdm[Any]") -> Tensor:
         """Model outputs for the items, [items, dim] float32 on the CPU of every rank, in order.
 
@@ -127,7 +133,7 @@ class ModelRunner:
         num_items = len(items[self.topology.dp_rank :: self.topology.dp_size])
         micro_batches = self._pack_block(items, pack, first)
         counts = torch.ones(num_items, dtype=torch.int64)
-        if self.pooling == "tokens" or self.pooling in JOINT_POOLINGS.values():
+        if self.pooling != "splade" and self.gives_several:
             counts = vector_counts(micro_batches)[:num_items]
         with evaluation_mode(self.chunks):
             vectors = self._run_share(micro_batches, int(counts.sum()))
@@ -215,7 +221,7 @@ class TextEncoder(ModelRunner):
             EmptyTextError: for a text without tokens, on every rank alike.
             UserError: an embedding that is not finite, on every rank alike.
         """
-        assert self.pooling not in ("tokens", "splade"), "see `blocks`, or sparse_vectors.py"
+        assert not self.gives_several, "see `blocks`, or sparse_vectors.py"
 
         def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
             return self._pack_share(list(part), role, instruction)

@@ -266,10 +266,12 @@ def _compare_sentence_transformers(source: str, expected: ExpectedSettings, addi
     from megatron_embed.export.embedding import PROBE_TEXTS, export_probes
     from megatron_embed.loading.model_directory import open_encoder
 
-    several = read_saved_settings(open_checkpoint(source).hf).vectors is not None  # they have a length for each role
+    saved = read_saved_settings(open_checkpoint(source).hf)
+    several = saved.vectors is not None  # they have a length for each role
     arguments = argparse.Namespace(model=source, dtype=None, pooling=None, no_normalize=False, overrides=[],
                                    max_length=None if several else expected.max_seq_length)
-    encoder, model, _ = open_encoder(arguments, prompts=True, multi_vector=True)
+    encoder, model, _ = open_encoder(arguments, prompts=True,
+                                     multi_vector=True if saved.joint_heads is None else "joint")
     probes = export_probes(encoder, PROBE_TEXTS, expected.max_seq_length)
     del encoder  # its memory goes before the stock library takes as much
     minimum_cosine = _minimum_cosine(model.saved.dtype, directory)

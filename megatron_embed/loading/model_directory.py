@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal
 
 import torch
 
@@ -30,6 +30,7 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.loading.dense_weights import holds_dense_weights, load_dense_weights
 from megatron_embed.loading.hub import local_directory
+from megatron_embed.loading.joint_heads import as_joint_model, with_joint_heads
 from megatron_embed.loading.quantized import load_quantized_weights, quantized_as
 from megatron_embed.loading.vocabulary_head import check_sparse, holds_vocabulary_head, load_vocabulary_head
 from megatron_embed.models.auto_dtype import resolve_dtype
@@ -50,7 +51,7 @@ from megatron_embed.models.quantization import QuantizedBase, StoredQuantization
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.models.vocabulary_shape import padded_vocabulary
-from megatron_embed.names import JOINT_POOLINGS, ModelPooling, Pooling, Role
+from megatron_embed.names import JOINT_POOLINGS, ModelPooling, Pooling, Role, pools_last_token
 from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
@@ -141,30 +142,17 @@ class ModelDirectory:
         raise ConfigError(f"{key} {self.path}: a {kind}, and {what} one vector for each text; give a model with a "
                           f"pooling, or use encode, evaluate, mine or Sentence Transformers' {stock}", key=key)
 
-    def of_run(self, config: EmbeddingConfig) -> Self:
-        """The model with the head that a run gives it, whose settings are complete; see `with_format`."""
+    def of_run(self, config: EmbeddingConfig, score_weights: tuple[float, ...] | None = None) -> "ModelDirectory":
+        """The model with the head that a run gives it, whose settings are complete; see `with_format`.
+
+        `score_weights`: of a joint model; None: its own.
+        """
         if config.head == "joint":
-            return self.with_joint_heads(config)
+            return with_joint_heads(self, config, score_weights)
         vectors = format_of_run(config, self.saved.vectors)
         return dataclasses.replace(
             self, new_vectors=self.new_vectors or (vectors is not None and self.saved.vectors is None),
             saved=dataclasses.replace(self.saved, vectors=vectors, sparse=config.head == "sparse"))
-
-    def with_joint_heads(self, config: EmbeddingConfig) -> Self:
-        """The same as a joint model, with its own heads or new ones. Raises ConfigError for a model that cannot be."""
-        key, own, wanted = "embedding.head", self.saved.joint_dim, config.embedding_dim
-        others = (("modules Dense", bool(self.saved.dense)), ("a vector for every token", self.saved.vectors is not None),
-                  ("sparse vectors", self.saved.sparse), ("a chat template around every text", self.saved.chat is not None),
-                  ("adapters", self.adapters is not None))
-        for what, has in others:
-            if has:
-                raise ConfigError(f"{key} = 'joint': {self.path} has {what}, which a joint model has not; take a model "
-                                  "without", key=key)
-        if own is not None and wanted not in (None, own):
-            raise ConfigError(f"embedding.embedding_dim = {wanted}: the model's own heads give vectors of {own} numbers; "
-                              "remove the setting", key="embedding.embedding_dim")
-        joint = JointFormat(hidden_size=self.shape.hidden_size, token_dim=wanted or own or self.shape.hidden_size)
-        return dataclasses.replace(self, joint=joint)
 
     def pooling(self, wanted: Pooling | None) -> ModelPooling:
         """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder; `tokens` of a
@@ -367,7 +355,7 @@ def open_role_tokenizer(model: ModelDirectory, *, pooling: ModelPooling, max_len
     text_format = dataclasses.replace(
         model.text_format, tell_role=prompts, raises_query_length=max_length is None and bool(model.max_lengths))
     return RoleTokenizer(
-        str(model.tokenizer_directory), add_eos=pooling == "lasttoken" and model.saved.adds_eos,
+        str(model.tokenizer_directory), add_eos=pools_last_token(pooling) and model.saved.adds_eos,
         text_format=text_format, query_prompt=texts.get("query", ""), document_prompt=texts.get("document", ""),
         query_max_length=lengths["query"], document_max_length=lengths["document"], length_keys=(key, key),
         vocab_size=model.shape.vocab_size)
@@ -375,7 +363,7 @@ def open_role_tokenizer(model: ModelDirectory, *, pooling: ModelPooling, max_len
 
 def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = True,
                  given_prompts: dict[Role, str] | None = None, start: Start = initialize, key: str = "--model",
-                 multi_vector: bool = False) -> tuple[TextEncoder, ModelDirectory, Topology]:
+                 multi_vector: bool | Literal["joint"] = False) -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
     Args:
@@ -387,9 +375,11 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
         given_prompts: in place of the directory's.
         start: makes the process groups.
         key: the option that names the directory, for messages.
-        multi_vector: whether a model may give a vector for every token.
+        multi_vector: whether a model may give a vector for every token; joint: with the joint heads of its directory.
     """
     model = find_model(args.model, key)
+    if multi_vector == "joint":
+        model = as_joint_model(model, key)
     if not with_dense:
         saved = dataclasses.replace(model.saved, dense=(), vectors=None, sparse=False)
         model = dataclasses.replace(model, saved=saved)
@@ -402,8 +392,8 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
     config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
                                   *args.overrides])
     normalize = not (args.no_normalize or model.saved.normalize is False or model.saved.sparse)
-    embedding = with_format(EmbeddingConfig(pooling=args.pooling, normalize=normalize), model.saved.vectors,
-                            sparse=model.saved.sparse)
+    embedding = EmbeddingConfig(pooling=args.pooling, normalize=normalize, head="joint" if model.joint else None)
+    embedding = with_format(embedding, model.saved.vectors, sparse=model.saved.sparse)
     config = quantized_as(dataclasses.replace(config, embedding=embedding), model)
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)

@@ -1,9 +1,9 @@
 """The three scores of BGE-M3 (Chen et al. 2024, arXiv:2402.03216) and their loss with self-distillation, with the
 gradients in closed form; no communication.
 
-dense: the dot product of two texts' vectors. sparse: the sum, over the tokens that both texts contain, of the product of
-their weights, of which a token that a text contains several times has the largest. multi_vector: MaxSim divided by the
-query's vectors.
+dense: the dot product of two texts' vectors. sparse: the sum, over the tokens that both texts contain, of the product
+of their weights, of which a token that a text contains several times has the largest. multi_vector: MaxSim divided by
+the number of the query's vectors.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_embed.batch import TextVectors
 from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, InfoNCESums, similarity_gradients
-from megatron_embed.losses.maxsim import maxsim, maxsim_gradients
+from megatron_embed.losses.maxsim import maxsim, maxsim_gradients, maxsim_pairs
 from megatron_embed.names import JOINT_SCORES
 
 
@@ -94,7 +94,7 @@ class JointTexts:
 
 def _shared_tokens(queries: TokenWeights, documents: TokenWeights) -> Tensor:
     """[tokens] int64, ascending: the ids that some query and some document have."""
-    ids = queries.ids.unique()
+    ids: Tensor = torch.unique_consecutive(queries.ids.sort().values)
     return ids[torch.isin(ids, documents.ids)]
 
 
@@ -134,6 +134,22 @@ def joint_score_gradients(queries: JointTexts, documents: JointTexts, grad_score
                                                      of_maxsim / _query_lengths(queries))
     return (queries.of_rows(of_dense @ documents.dense, weights[0], query_tokens),
             documents.of_rows(of_dense.T @ queries.dense, weights[1], document_tokens))
+
+
+def joint_pair_scores(queries: JointTexts, documents: JointTexts, query_of: Tensor) -> Tensor:
+    """[scores, documents] of each document with its own query.
+
+    Args:
+        query_of: [documents] int64 on the CPU, each document's query.
+    """
+    own = query_of.to(queries.dense.device)
+    scores = queries.dense.new_zeros(len(JOINT_SCORES), len(documents.dense))
+    scores[0] = (queries.dense[own] * documents.dense).sum(dim=1)
+    shared = _shared_tokens(queries.weights, documents.weights)
+    if len(shared):
+        scores[1] = (queries.weights.matrix(shared)[0][own] * documents.weights.matrix(shared)[0]).sum(dim=1)
+    scores[2] = maxsim_pairs(queries.tokens, documents.tokens, query_of) / _query_lengths(queries)[own, 0]
+    return scores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.disentangled import RelativeEmbeddings
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.heads import HeadSpec, RerankerHead
+from megatron_embed.models.joint_rows import joint_rows, weight_ids
 from megatron_embed.models.layer import fuse_activations
 from megatron_embed.models.layer_backend import layer_backend
 from megatron_embed.models.lora import add_adapters
@@ -92,7 +93,7 @@ class DeviceMicroBatch:
     text_plan: PoolingPlan | None
     """Of a joint model, the plan of its texts' own vectors over the same tokens; None: another model."""
     weight_ids: Tensor | None
-    """[tokens with a vector] float32 of a joint model, the id that each one's weight belongs to, -1: it has none."""
+    """See joint_rows.py."""
     valid_rows: Tensor
     """[outputs] int64, where the model's outputs belong: local row ids, or indices of the rows' vectors; empty if the
     micro-batch repeats another one."""
@@ -165,8 +166,8 @@ class EmbeddingModel(LanguageModule):
 
     def forward(self, batch: DeviceMicroBatch) -> Tensor:
         """On the last stage the bin's embeddings, [sequences, dim] float32, [vectors, dim] of a multi-vector model,
-        [sequences, vocabulary/tp] of a sparse one, [rows, width] of a joint one, or a reranker's scores, [sequences, 1]; on other stages the token
-        states for the next one."""
+        [sequences, vocabulary/tp] of a sparse one, [rows, width] of a joint one, or a reranker's scores, [sequences,
+        1]; on other stages the token states for the next one."""
         hidden = self.token_states(batch)
         if not self.post_process:
             return hidden
@@ -177,21 +178,13 @@ class EmbeddingModel(LanguageModule):
         groups += [self.topology.groups.cp] if self.topology.cp_size > 1 else []
         rows = pool(hidden.squeeze(1), batch.plan, tuple(groups))
         if batch.text_plan is not None:
-            return self._joint_rows(pool(hidden.squeeze(1), batch.text_plan, tuple(groups)), rows, batch.weight_ids)
+            assert self.dense is not None and batch.weight_ids is not None
+            texts = pool(hidden.squeeze(1), batch.text_plan, tuple(groups))
+            return joint_rows(texts, self.dense(rows), batch.weight_ids)
         if self.head is not None:
             return self.head(rows)
         rows = rows if self.dense is None else self.dense(rows)
         return functional.normalize(rows, dim=-1) if self.normalize else rows
-
-    def _joint_rows(self, texts: Tensor, tokens: Tensor, ids: Tensor | None) -> Tensor:
-        """[rows, width] of a joint model: see JointFormat. `texts`: [texts, hidden]; `tokens`: [tokens, hidden]."""
-        assert self.dense is not None and ids is not None
-        projected = self.dense(tokens)
-        vectors, weights = functional.normalize(projected[:, :-1], dim=-1), functional.relu(projected[:, -1:])
-        rows = torch.cat([vectors, weights, ids.to(weights.dtype)[:, None]], dim=1)
-        own = functional.normalize(texts, dim=-1)
-        own = functional.pad(own, (0, -own.shape[1] % rows.shape[1]))
-        return torch.cat([own.view(-1, rows.shape[1]), rows])
 
     def token_states(self, batch: DeviceMicroBatch) -> Tensor:
         """[tokens/(cp*tp), 1, hidden] after this chunk's layers (tokens/cp without sequence parallelism)."""
@@ -397,17 +390,8 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: ModelPooling
         token_ids=_select(micro_batch.token_ids, chunks)[None],
         position_ids=_select(_positions(micro_batch, first_position), chunks)[None], num_tokens=tokens,
         packed=packed, first_position=first_position, padding=padding[None], plan=plan, valid_rows=valid_rows,
-        text_plan=of_texts, weight_ids=_weight_ids(micro_batch),
+        text_plan=of_texts, weight_ids=weight_ids(micro_batch),
         num_rows=int(valid_rows.max()) + 1 if len(valid_rows) else 0), topology.device)
-
-
-def _weight_ids(micro_batch: MicroBatch) -> Tensor | None:
-    """See DeviceMicroBatch; exact in float32, since vocabularies are smaller than 2^24."""
-    if micro_batch.joint is None or micro_batch.vectors is None:
-        return None
-    ids = micro_batch.token_ids[micro_batch.vectors >= 0]
-    unweighted = torch.tensor(sorted(micro_batch.joint.unweighted))
-    return torch.where(torch.isin(ids, unweighted), -1, ids).float()
 
 
 def _positions(micro_batch: MicroBatch, first: int) -> Tensor:

@@ -1,12 +1,13 @@
 """The heads of a joint model beside its weights, as BGE-M3 has them: `colbert_linear.pt` gives every token a vector,
 `sparse_linear.pt` a weight.
 
-Both are pickles, of which nothing but plain tensors is read. A checkpoint, whose own tensors hold them, names their size
-in `joint_heads.json` instead.
+Both are pickles, of which nothing but plain tensors is read. `joint_heads.json`, beside them or in place of them in a
+checkpoint, whose own tensors hold the heads, names the size of the vectors and the weights of the scores in their sum.
 """
 
 import json
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +15,75 @@ import torch
 from torch import Tensor
 
 from megatron_embed.config.json_file import read_json_file
+from megatron_embed.config.objective import SCORE_WEIGHTS
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import open_regular
 
 VECTORS_FILE, WEIGHTS_FILE = "colbert_linear.pt", "sparse_linear.pt"
-SIZES_FILE = "joint_heads.json"
+SETTINGS_FILE = "joint_heads.json"
 _LARGEST_FILE = 1 << 30
 _LARGEST_DIM = 1 << 20
 
 
-def joint_dim(folder: Path) -> int | None:
-    """Numbers of a token's vector by a directory's heads; None: it has none.
+@dataclass(frozen=True, kw_only=True)
+class JointHeads:
+    """The heads that a directory has."""
+
+    dim: int
+    """Numbers of a token's vector."""
+    score_weights: tuple[float, ...] = SCORE_WEIGHTS
+    """Of the scores in their sum, in the order of JOINT_SCORES."""
+
+
+def find_joint_heads(folder: Path) -> JointHeads | None:
+    """The heads of a directory; None: it has none.
 
     Raises:
         CheckpointError: a file is missing, damaged, holds more than plain tensors, or tensors of other shapes.
     """
-    if (folder / SIZES_FILE).is_file() and not (folder / VECTORS_FILE).is_file():
-        return _stated_dim(folder / SIZES_FILE)
-    tensors = read_joint_heads(folder)
-    return None if tensors is None else len(tensors["weight"]) - 1
+    tensors, file = read_joint_heads(folder), folder / SETTINGS_FILE
+    stated = _stated(file) if file.is_file() else None
+    if tensors is None or stated is None:
+        return stated if tensors is None else JointHeads(dim=len(tensors["weight"]) - 1)
+    if stated.dim != len(tensors["weight"]) - 1:
+        raise CheckpointError(f"{file}: embedding_dim = {stated.dim}, and {VECTORS_FILE} gives vectors of "
+                              f"{len(tensors['weight']) - 1} numbers; fetch both again")
+    return stated
 
 
-def _stated_dim(file: Path) -> int:
+def _stated(file: Path) -> JointHeads:
     try:
-        dim: Any = read_json_file(file)["embedding_dim"]
+        values: Any = read_json_file(file)
+        dim, weights = values["embedding_dim"], tuple(values["score_weights"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: no usable embedding_dim ({error!r}); take another checkpoint") from error
+        raise CheckpointError(f"{file}: no usable embedding_dim and score_weights ({error!r}); fetch it "
+                              "again") from error
     if type(dim) is not int or not 0 < dim <= _LARGEST_DIM:
         raise CheckpointError(f"{file}: embedding_dim = {str(dim)[:40]!r} must be a whole number from 1 to "
-                              f"{_LARGEST_DIM:,}; take another checkpoint")
-    return dim
+                              f"{_LARGEST_DIM:,}; fetch it again")
+    if len(weights) != len(SCORE_WEIGHTS) or not all(
+            type(weight) in (int, float) and 0 <= weight < float("inf") for weight in weights):
+        raise CheckpointError(f"{file}: score_weights must be {len(SCORE_WEIGHTS)} numbers >= 0; fetch it again")
+    return JointHeads(dim=dim, score_weights=weights)
 
 
-def write_sizes(folder: Path, dim: int) -> None:
-    """Write SIZES_FILE."""
-    (folder / SIZES_FILE).write_text(json.dumps({"embedding_dim": dim}), encoding="utf-8")
+def write_settings_file(folder: Path, heads: JointHeads) -> None:
+    """Write SETTINGS_FILE."""
+    values = {"embedding_dim": heads.dim, "score_weights": list(heads.score_weights)}
+    (folder / SETTINGS_FILE).write_text(json.dumps(values), encoding="utf-8")
+
+
+def remove_joint_heads(folder: Path) -> None:
+    """Remove all of these files."""
+    for name in (VECTORS_FILE, WEIGHTS_FILE, SETTINGS_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_joint_heads(folder: Path) -> dict[str, Tensor] | None:
-    """The layer of both heads, as `joint_projection` describes it: `weight` [dim + 1, hidden], `bias` [dim + 1], those of
-    the tokens' weights in the last row; None: the directory has neither file.
+    """The layer of both heads, as `joint_projection` describes it: `weight` [dim + 1, hidden], `bias` [dim + 1], those
+    of the tokens' weights in the last row; None: the directory has neither file.
 
-    Raises: as `joint_dim`.
+    Raises: as `find_joint_heads`.
     """
     present = [name for name in (VECTORS_FILE, WEIGHTS_FILE) if (folder / name).is_file()]
     if not present:

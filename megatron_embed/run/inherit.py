@@ -38,7 +38,7 @@ def inherited(config: RunConfig, model: ModelDirectory, checkpoint: Path | None 
     if checkpoint is None and config.workload.inherits_text_settings:
         _log(config, model, {**{f"data.{key}": value for key, value in data.items()}, **(
             {} if config.embedding.normalize is not None else {"embedding.normalize": normalize}), **(
-            {} if config.embedding.pooling is not None or embedding.head != "dense"
+            {} if config.embedding.pooling is not None or embedding.head not in ("dense", "joint")
             else {"embedding.pooling": model.pooling(None)})})
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **data),
                                embedding=embedding)

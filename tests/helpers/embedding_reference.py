@@ -334,7 +334,7 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
         reference.check()
     elif case.joint:
         steps, joint_heads = [], load_joint_heads(folder / case.model)
-        three, positive = _joint_rows(case, model, routers, joint_heads, records, tokenizer_of(folder / case.kind, rows))
+        three, positive = _joint_rows(case, model, routers, joint_heads, records, tokenizer)
         logits = three[0]
     elif case.multi:
         steps = load_projection(folder / case.model)

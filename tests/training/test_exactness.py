@@ -93,7 +93,8 @@ def test_gradients_equal_one_process(oracle, cases):
 @pytest.mark.parametrize("cases", [
     pytest.param(cases, id=f"{name}, {cases[0].layout}") for name, group in (
         ("one vector", all_cases()), ("Dense modules", dense_cases()), ("context parallelism by heads", head_cases()),
-        ("a vector per token", multi_vector_cases()), ("sparse", sparse_cases()), ("joint heads", joint_cases()), ("rounded", stored_cases()),
+        ("a vector per token", multi_vector_cases()), ("sparse", sparse_cases()),
+        ("joint heads", joint_cases()), ("rounded", stored_cases()),
         ("with other models' vectors", other_model_cases()), ("larger first pass", LARGER_FIRST_PASS))
     for cases in by_layout(group)])
 def test_gradients_equal_one_process_in_every_layout(oracle, cases):

@@ -1,0 +1,49 @@
+"""A model as a joint one: with the heads that its directory has, or with new ones."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from megatron_embed.config.schema import EmbeddingConfig
+from megatron_embed.config.vector_format import JointFormat
+from megatron_embed.errors import ConfigError
+from megatron_embed.models.joint_files import VECTORS_FILE, WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from megatron_embed.loading.model_directory import ModelDirectory
+
+
+def with_joint_heads(model: "ModelDirectory", config: EmbeddingConfig,
+                     score_weights: tuple[float, ...] | None = None) -> "ModelDirectory":
+    """The same model with joint heads.
+
+    Args:
+        config: of the run.
+        score_weights: of the scores in their sum; None: the directory's own, else BGE-M3's.
+    Raises:
+        ConfigError: the model has what a joint one has not, or heads of another size.
+    """
+    key, saved, wanted = "embedding.head", model.saved, config.embedding_dim
+    own = None if saved.joint_heads is None else saved.joint_heads.dim
+    others = {"Dense modules": bool(saved.dense), "a vector for every token": saved.vectors is not None,
+              "sparse vectors": saved.sparse, "a chat template around every text": saved.chat is not None,
+              "adapters": model.adapters is not None}
+    for what, has in others.items():
+        if has:
+            raise ConfigError(f"{key} = 'joint': {model.path} has {what}, and a joint model has not; take a model "
+                              "without", key=key)
+    if own is not None and wanted not in (None, own):
+        raise ConfigError(f"embedding.embedding_dim = {wanted}: the model's own heads give vectors of {own} numbers; "
+                          "remove the setting", key="embedding.embedding_dim")
+    weights = score_weights or (JointFormat.score_weights if saved.joint_heads is None
+                                else saved.joint_heads.score_weights)
+    hidden = model.shape.hidden_size
+    return dataclasses.replace(model, joint=JointFormat(hidden_size=hidden, token_dim=wanted or own or hidden,
+                                                        score_weights=weights))
+
+
+def as_joint_model(model: "ModelDirectory", key: str) -> "ModelDirectory":
+    """A model that has joint heads, with them. Raises ConfigError, beginning with the option `key`, if it has none."""
+    if model.saved.joint_heads is None:
+        raise ConfigError(f"{key} {model.path}: has no joint heads ({VECTORS_FILE} and {WEIGHTS_FILE}); leave out "
+                          "--head, or give a model that was trained with embedding.head: joint", key="--head")
+    return with_joint_heads(model, EmbeddingConfig(head="joint"))
