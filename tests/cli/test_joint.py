@@ -9,9 +9,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
+from megatron_embed.errors import ConfigError
 from tests.helpers.commands import evaluated, small_beir  # noqa: F401
 from tests.helpers.foreign_directories_helpers import save_directory
-from tests.helpers.joint_reference import SPECIAL, TOKEN_DIM, JointHeads, add_joint_heads, largest_weights
+from tests.helpers.joint_reference import JointHeads, add_joint_heads, largest_weights, scores_of_texts
+from tests.helpers.ranked_documents import stock_metrics
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.runs import configuration, curve, train
@@ -35,26 +37,25 @@ def train_and_export(values):
     return train(values | {"checkpoint": export, "training": values["training"] | {"train_steps": 4}})
 
 
-def stock(directory):
-    """What Transformers and the two files give for TEXTS: (dense, [ids without special ones], weights, vectors)."""
+def stock(directory, texts):
+    """What Transformers and the two files give: (ids, -1 without a weight; (dense, weights before ReLU, vectors))."""
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory).double().eval()
     heads, rows = JointHeads(directory), []
-    for text in TEXTS:
+    for text in texts:
         ids = tokenizer(text)["input_ids"]
         with torch.no_grad():
-            own, given = heads.of(ids, model(torch.tensor([ids])).last_hidden_state[0], "cls")
-        rows.append((own, *(value.detach() for value in given)))
-    return rows
+            rows.append(heads.of(ids, model(torch.tensor([ids])).last_hidden_state[0], "cls"))
+    return tuple(zip(*rows, strict=True))
 
 
 @pytest.mark.slow
-def test_a_run_trains_saves_resumes_and_exports(tmp_path, small_beir):  # noqa: F811
+def test_a_run_trains_saves_resumes_and_exports(tmp_path):
     model = str(save_directory(tmp_path / "model", kind="bert"))
     directory = tmp_path / "run"
-    metrics = run_on_ranks(train_and_export, 2, run_values(model, directory))
+    metrics = run_on_ranks(train_and_export, 2, run_values(model, directory, lr_decay_style="constant"))
     assert metrics[0]["loss"] == metrics[1]["loss"]
     assert {"dense_loss", "sparse_loss", "multi_vector_loss", "sum_loss", "distillation_loss"} <= metrics[0].keys()
-    whole = run_values(model, tmp_path / "whole")
+    whole = run_values(model, tmp_path / "whole", lr_decay_style="constant")
     run_on_ranks(train, 2, whole | {"training": whole["training"] | {"train_steps": 4}})
     assert curve(directory) == curve(tmp_path / "whole")
     export = tmp_path / "run-export"
@@ -64,3 +65,74 @@ def test_a_run_trains_saves_resumes_and_exports(tmp_path, small_beir):  # noqa: 
         assert tuple(state["bias"].shape) == shape[:1]
     assert json.loads((export / "joint_heads.json").read_text()) == {
         "embedding_dim": 10, "score_weights": list(WEIGHTS)}
+    dense = SentenceTransformer(str(export), device="cpu")
+    ids, given = stock(export, TEXTS)
+    np.testing.assert_allclose(dense.encode(TEXTS), torch.stack([own for own, *_ in given]), atol=1e-6)
+    assert_encoded(export, tmp_path, TEXTS, ids, given)
+    assert_encoded(directory, tmp_path, TEXTS, ids, given)  # by the checkpoint's own tensors
+    refuse_other_heads(run_values(model, directory))
+
+
+def refuse_other_heads(values):
+    """A run keeps its heads, and a dense one gets none."""
+    for embedding, key in (({"head": "dense"}, "embedding.head = 'dense'"), (
+            values["embedding"] | {"embedding_dim": 11}, "embedding.embedding_dim = 11")):
+        changed = values | {"embedding": embedding, "training": values["training"] | {"train_steps": 5}}
+        changed["objective"] = {"temperature": 0.2} if embedding["head"] == "dense" else values["objective"]
+        with pytest.raises(ConfigError, match=key):
+            run_on_ranks(train, 2, changed)
+
+
+def encoded(directory, tmp_path, head, suffix, texts):
+    """The file that `encode --head` writes on two ranks."""
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    output = tmp_path / f"{head}-{len(list(tmp_path.iterdir()))}{suffix}"
+    results = run_on_ranks(command, 2, ["encode", "--model", str(directory), "--input", str(tmp_path / "texts.jsonl"),
+                                        "--output", str(output), "--role", "document", "--head", head])
+    assert all(code == 0 for code, *_ in results), results[0][2]
+    return output
+
+
+def assert_encoded(directory, tmp_path, texts, ids, given):
+    matrix = scipy.sparse.load_npz(encoded(directory, tmp_path, "sparse", ".npz", texts)).toarray()
+    assert matrix.shape == (len(texts), 30522)
+    assert matrix.any()
+    for row, own, (_, weights, _) in zip(matrix, ids, given, strict=True):
+        largest = {token: float(weight) for token, weight in largest_weights(own, weights).items() if weight > 0}
+        assert dict(zip(row.nonzero()[0].tolist(), row[row.nonzero()], strict=True)) == pytest.approx(largest, abs=1e-6)
+    output = encoded(directory, tmp_path, "multi_vector", ".npy", texts)
+    np.testing.assert_allclose(np.load(output), torch.cat([vectors for *_, vectors in given]), atol=1e-6)
+    offsets = np.load(str(output).replace(".npy", ".offsets.npy"))
+    assert offsets.tolist() == [0, *np.cumsum([len(vectors) for *_, vectors in given])]
+
+
+def rows_of(folder, name):
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"] for row in rows}
+
+
+@pytest.mark.slow
+def test_evaluate_and_encode_a_directory_as_bge_m3_s(small_beir, tmp_path):
+    directory = add_joint_heads(save_directory(tmp_path / "model", kind="bert", pooling="cls"))
+    queries, documents = rows_of(small_beir, "queries"), rows_of(small_beir, "corpus")
+    (query_ids, of_query), (ids, of_document) = (stock(directory, list(texts.values())) for texts in (
+        queries, documents))
+    scores = scores_of_texts(query_ids, of_query, ids, of_document)
+    total = sum(weight * score for weight, score in zip((1.0, 0.3, 1.0), scores, strict=True))
+    expected = {}
+    for prefix, score in zip(("", "dense/", "sparse/", "multi_vector/"), (total, *scores), strict=True):
+        run = {query: dict(zip(documents, map(float, row), strict=True)) for query, row in zip(
+            queries, score, strict=True)}
+        expected |= {f"{prefix}{name}": value for name, value in stock_metrics(run, small_beir).items()}
+    assert len({expected[f"{prefix}map"] for prefix in ("", "dense/", "sparse/", "multi_vector/")}) == 4
+    arguments = ["--model", str(directory), "--data", str(small_beir)]
+    assert evaluated([*arguments, "--head", "joint"], 2) == pytest.approx(expected, abs=1e-6)
+    plain = evaluated(arguments, 1)
+    assert plain == pytest.approx({name: expected[f"dense/{name}"] for name in plain}, abs=1e-6)
+    assert_encoded(directory, tmp_path, list(documents.values())[:5], ids[:5], of_document[:5])
+    lists = [{"query": text, "documents": list(documents.values())[row : row + 4], "labels": [1, 0, 0, 2]}
+             for row, text in enumerate(queries.values())]
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
+    ranked = evaluated(["--model", str(directory), "--data", str(tmp_path / "lists.jsonl"), "--head", "joint"], 2)
+    first = [total[row, row : row + 4].argmax().item() in (0, 3) for row in range(len(lists))]
+    assert ranked["mrr@1"] == pytest.approx(np.mean(first))
