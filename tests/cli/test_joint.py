@@ -42,7 +42,7 @@ def stock(directory, texts):
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory).double().eval()
     heads, rows = JointHeads(directory), []
     for text in texts:
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, truncation=True, max_length=256)["input_ids"]
         with torch.no_grad():
             rows.append(heads.of(ids, model(torch.tensor([ids])).last_hidden_state[0], "cls"))
     return tuple(zip(*rows, strict=True))
