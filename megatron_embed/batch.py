@@ -53,7 +53,7 @@ class MicroBatch:
     """[tokens] int64, of a multi-vector model: the index, among all vectors of the rank's rows, of the vector that the
     token gives, -1 for none and in the padding; None: each sequence gives one vector."""
     joint: JointOutputs | None = None
-    """Of a joint model, whose texts' rows stand before those that `vectors` numbers; None: there are no such rows."""
+    """A joint model's, whose texts' rows stand before those that `vectors` numbers; None: there are no such rows."""
     key_lengths: Tensor | None = None
     """[sequences] int32, tokens of each sequence that attention sees, its first ones; None: all of them."""
     repeated: bool = False
@@ -138,7 +138,7 @@ class EmbedBatch(StepBatch):
     vector_counts: Tensor | None = None
     """[num_rows] int64, vectors of each row of a multi-vector model, the queries' first; None: one each."""
     dense_rows: int = 0
-    """Of a joint model: how many of each row's vectors, its first, hold the text's own vector; see JointTexts."""
+    """How many of each row's vectors, its first, hold the text's own vector in a joint model; see JointTexts."""
     embeds_documents: bool = True
     """False: the micro-batches hold the queries alone, since the documents have vectors already."""
     capacity: Capacity

@@ -17,7 +17,7 @@ weight for each token of the vocabulary; or, of a joint model, one vector of a t
 of its tokens."""
 JOINT_POOLINGS: dict[Pooling, ModelPooling] = {"cls": "cls+tokens", "mean": "mean+tokens",
                                                "lasttoken": "lasttoken+tokens"}
-"""Of a joint model, by the pooling of its texts' vectors."""
+"""Pooling of a joint model, by that of its texts' vectors."""
 
 def pools_last_token(pooling: ModelPooling) -> bool:
     """Whether a text's vector is the state of its last token."""

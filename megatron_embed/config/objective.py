@@ -27,7 +27,7 @@ REGULARIZERS = ("query_regularizer", "query_regularizer_weight", "document_regul
 OF_JOINT = ("score_weights", "score_loss_weights", "self_distillation")
 """Settings of the loss of a joint model."""
 SCORE_WEIGHTS = (1.0, 0.3, 1.0)
-"""Of a joint model's scores in their sum, those of BGE-M3."""
+"""Weights of a joint model's scores in their sum, those of BGE-M3."""
 QUERY_REGULARIZER_WEIGHT, DOCUMENT_REGULARIZER_WEIGHT = 5e-5, 3e-5
 """Those of Sentence Transformers' examples."""
 EMBEDDING_LOSSES = (*CONTRASTIVE, *LABELLED_PAIRS, *WITH_HARD_NEGATIVES, DISTILLED_VECTORS)

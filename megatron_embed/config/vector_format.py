@@ -53,7 +53,7 @@ class JointFormat:
     token_dim: int
     """Numbers of a token's."""
     score_weights: tuple[float, ...] = SCORE_WEIGHTS
-    """Of the scores in their sum, in the order of JOINT_SCORES."""
+    """Weights of the scores in their sum, in the order of JOINT_SCORES."""
 
     @property
     def width(self) -> int:

@@ -24,10 +24,11 @@ class RowVectors:
                  joint: JointOutputs | None = None) -> None:
         """See TokenizedRows."""
         masks = [np.array(row, dtype=bool) for row in kept]
-        before = 0 if joint is None else joint.dense_rows
-        counts = np.array([mask.sum() + before for mask in masks], dtype=np.int64)
-        self.counts, self.joint = torch.from_numpy(counts), joint
-        self._masks, self._starts, self._key_lengths = masks, np.cumsum(counts) - counts + before, key_lengths
+        self.joint = joint
+        counts = np.array([mask.sum() + self.dense_rows for mask in masks], dtype=np.int64)
+        self.counts = torch.from_numpy(counts)
+        self._masks, self._key_lengths = masks, key_lengths
+        self._starts = np.cumsum(counts) - counts + self.dense_rows
 
     @classmethod
     def of(cls, *parts: TokenizedRows) -> Self | None:
@@ -40,6 +41,11 @@ class RowVectors:
             lengths = list(chain.from_iterable(part.key_lengths or [len(ids) for ids in part.token_ids]
                                                for part in parts))
         return cls(list(chain.from_iterable(kept)), lengths, next((part.joint for part in parts if part.joint), None))
+
+    @property
+    def dense_rows(self) -> int:
+        """Rows of a joint model's text before those of its tokens; 0 of another model."""
+        return 0 if self.joint is None else self.joint.dense_rows
 
     def of_tokens(self, rows: Sequence[int], tokens: int) -> Tensor:
         """[tokens] int64, the vector of each token of a micro-batch of these rows, -1 for none and in the padding."""

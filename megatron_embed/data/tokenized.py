@@ -16,6 +16,6 @@ class TokenizedRows:
     kept: list[list[bool]] | None = None
     """Whether each token of each text gives a vector, in a multi-vector model; None: a text gives one vector."""
     joint: JointOutputs | None = None
-    """Of a joint model, each of whose texts gives rows besides; None: it gives none."""
+    """Rows that each text of a joint model gives besides; None: there are none."""
     key_lengths: list[int] | None = None
     """Per text, its first tokens that attention sees; None: all of every text."""

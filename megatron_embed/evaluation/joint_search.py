@@ -10,7 +10,7 @@ from megatron_embed.losses.joint import JointTexts, joint_pair_scores, joint_sco
 from megatron_embed.names import JOINT_SCORES
 
 PREFIXES = ("", *(f"{score}/" for score in JOINT_SCORES))
-"""Of the metrics: by the sum, then by each score."""
+"""Before the names of metrics: by the sum, then by each score."""
 
 
 class JointSearch:

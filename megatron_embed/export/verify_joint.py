@@ -19,7 +19,7 @@ class JointProbe:
     """What the trained model gives for some texts."""
 
     ids: Sequence[Sequence[int]]
-    """Of the tokens of each text."""
+    """Ids of the tokens of each text."""
     rows: TextVectors
     """On the CPU, in this format."""
     format: JointFormat

@@ -7,6 +7,7 @@ from megatron_embed.config.schema import EmbeddingConfig
 from megatron_embed.config.vector_format import JointFormat
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.joint_files import VECTORS_FILE, WEIGHTS_FILE
+from megatron_embed.names import JOINT_POOLINGS, ModelPooling, Pooling
 
 if TYPE_CHECKING:
     from megatron_embed.loading.model_directory import ModelDirectory
@@ -39,6 +40,14 @@ def with_joint_heads(model: "ModelDirectory", config: EmbeddingConfig,
     hidden = model.shape.hidden_size
     return dataclasses.replace(model, joint=JointFormat(hidden_size=hidden, token_dim=wanted or own or hidden,
                                                         score_weights=weights))
+
+
+def joint_pooling(own: Pooling) -> ModelPooling:
+    """The pooling of a joint model, by that of its texts' vectors. Raises ConfigError if these cannot have it."""
+    if own not in JOINT_POOLINGS:
+        raise ConfigError(f"embedding.pooling = {own!r}: a joint model's texts are pooled by "
+                          f"{', '.join(JOINT_POOLINGS)}; set one of them", key="embedding.pooling")
+    return JOINT_POOLINGS[own]
 
 
 def as_joint_model(model: "ModelDirectory", key: str) -> "ModelDirectory":

@@ -30,17 +30,12 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.loading.dense_weights import holds_dense_weights, load_dense_weights
 from megatron_embed.loading.hub import local_directory
-from megatron_embed.loading.joint_heads import as_joint_model, with_joint_heads
+from megatron_embed.loading.joint_heads import as_joint_model, joint_pooling, with_joint_heads
 from megatron_embed.loading.quantized import load_quantized_weights, quantized_as
 from megatron_embed.loading.vocabulary_head import check_sparse, holds_vocabulary_head, load_vocabulary_head
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
-from megatron_embed.models.dense_settings import (
-    DenseSettings,
-    dense_of_run,
-    embedding_width,
-    joint_projection,
-)
+from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width, joint_projection
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
@@ -51,7 +46,7 @@ from megatron_embed.models.quantization import QuantizedBase, StoredQuantization
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.models.vocabulary_shape import padded_vocabulary
-from megatron_embed.names import JOINT_POOLINGS, ModelPooling, Pooling, Role, pools_last_token
+from megatron_embed.names import ModelPooling, Pooling, Role, pools_last_token
 from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
@@ -107,8 +102,7 @@ class ModelDirectory:
         return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
                           chat_content=None if chat is None else chat.content,
                           chat_variables={} if chat is None else chat.variables, vectors=saved.vectors,
-                          joint=self.joint,
-                          pools_prompts=saved.pools_prompts)
+                          joint=self.joint, pools_prompts=saved.pools_prompts)
 
     @property
     def read_from(self) -> tuple[Path, ...]:
@@ -156,16 +150,11 @@ class ModelDirectory:
 
     def pooling(self, wanted: Pooling | None) -> ModelPooling:
         """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder; `tokens` of a
-        multi-vector model, `splade` of a sparse one."""
+        multi-vector model, `splade` of a sparse one, one of JOINT_POOLINGS of a joint one."""
         if self.saved.sparse or self.saved.vectors is not None:
             return "splade" if self.saved.sparse else "tokens"
         own = wanted or self.saved.pooling or default_pooling(self.shape)
-        if self.joint is None:
-            return own
-        if own not in JOINT_POOLINGS:
-            raise ConfigError(f"embedding.pooling = {own!r}: a joint model's texts are pooled by "
-                              f"{', '.join(JOINT_POOLINGS)}; set one of them", key="embedding.pooling")
-        return JOINT_POOLINGS[own]
+        return own if self.joint is None else joint_pooling(own)
 
 
 def find_model(path: str, key: str = "model.path") -> ModelDirectory:

@@ -70,7 +70,7 @@ class JointTexts:
         self.weights = self._largest(rows[:, -2], rows[:, -1].to(torch.int64))
 
     def _largest(self, weights: Tensor, ids: Tensor) -> TokenWeights:
-        """Of equal weights that of the first token counts."""
+        """The largest weight of each token; among equal ones the first token's counts."""
         text_of = self.tokens.text_of
         places = ((ids >= 0) & (weights > 0)).nonzero()[:, 0]
         places = places[torch.sort(weights[places], descending=True, stable=True).indices]
@@ -157,9 +157,9 @@ class JointWeights:
     """How the three scores make up a loss, in the order of JOINT_SCORES."""
 
     scores: Sequence[float]
-    """Of each score in their sum."""
+    """Weight of each score in their sum."""
     losses: Sequence[float]
-    """Of each score's own loss."""
+    """Weight of each score's own loss."""
     distils: bool
     """Whether each score also learns from the sum's softmax."""
 
@@ -169,7 +169,7 @@ class JointSums:
     """Sums over the rows of one call."""
 
     of_sum: InfoNCESums
-    """Of the weighted sum of the scores, but with the whole loss."""
+    """Sums by the weighted sum of the scores, but with the whole loss."""
     losses: Tensor
     """[scores + 2] float64: InfoNCE of each score and of the sum, and the mean of the distillations' cross-entropies
     by the weights of the losses (0 without)."""

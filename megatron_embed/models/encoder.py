@@ -37,7 +37,7 @@ from megatron_embed.models.layer import fuse_activations
 from megatron_embed.models.layer_backend import layer_backend
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
-from megatron_embed.models.packed_bins import packed_sequences
+from megatron_embed.models.packed_bins import packed_sequences, text_positions
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan, text_plan
 from megatron_embed.models.relative_bias import RelativeBias
 from megatron_embed.models.rope import rotary_cos_sin, rotary_factors, rotary_frequencies
@@ -91,7 +91,7 @@ class DeviceMicroBatch:
     first_position: int
     """Position id of a text's first token."""
     text_plan: PoolingPlan | None
-    """Of a joint model, the plan of its texts' own vectors over the same tokens; None: another model."""
+    """Plan of a joint model's vectors of whole texts, over the same tokens; None: another model."""
     weight_ids: Tensor | None
     """See joint_rows.py."""
     valid_rows: Tensor
@@ -388,24 +388,10 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: ModelPooling
     return copy_to_device(DeviceMicroBatch(
         token_types=None if types is None else _select(types, chunks)[None],
         token_ids=_select(micro_batch.token_ids, chunks)[None],
-        position_ids=_select(_positions(micro_batch, first_position), chunks)[None], num_tokens=tokens,
+        position_ids=_select(text_positions(micro_batch, first_position), chunks)[None], num_tokens=tokens,
         packed=packed, first_position=first_position, padding=padding[None], plan=plan, valid_rows=valid_rows,
         text_plan=of_texts, weight_ids=weight_ids(micro_batch),
         num_rows=int(valid_rows.max()) + 1 if len(valid_rows) else 0), topology.device)
-
-
-def _positions(micro_batch: MicroBatch, first: int) -> Tensor:
-    """[tokens] int64: positions of a bin's tokens in their texts, counted from `first`.
-
-    In RoBERTa, padding tokens, which a text may contain literally, are not counted: they all have position `first - 1`,
-    as in Transformers.
-    """
-    if not first:
-        return micro_batch.position_ids
-    counted = (micro_batch.token_ids != first - 1).to(torch.int64)
-    running = counted.cumsum(0)
-    starts = torch.arange(counted.numel()) - micro_batch.position_ids
-    return (running - running[starts] + counted[starts]) * counted + first - 1
 
 
 def _select(tokens: Tensor, chunks: tuple[tuple[int, int], ...]) -> Tensor:

@@ -32,7 +32,7 @@ class JointHeads:
     dim: int
     """Numbers of a token's vector."""
     score_weights: tuple[float, ...] = SCORE_WEIGHTS
-    """Of the scores in their sum, in the order of JOINT_SCORES."""
+    """Weights of the scores in their sum, in the order of JOINT_SCORES."""
 
 
 def find_joint_heads(folder: Path) -> JointHeads | None:
