@@ -148,7 +148,8 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
     return EmbedBatch(
         micro_batches=pack_bins(bins, token_ids, packing, tokenizer.pad_token_id, tokens=packing.micro_batch_tokens,
                                 vectors=vectors),
-        vector_counts=None if vectors is None else vectors.counts, dense_rows=0 if vectors is None else vectors.dense_rows,
+        vector_counts=None if vectors is None else vectors.counts,
+        dense_rows=0 if vectors is None else vectors.dense_rows,
         num_queries=len(records), num_documents=len(texts), positive_index=torch.from_numpy(first),
         is_positive=torch.tensor([index < len(record.positive[: documents.positives])
                                   for record, size in zip(records, sizes, strict=True) for index in range(size)]),
@@ -162,8 +163,7 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
         positive_ids=_text_ids(chain.from_iterable(positives)),
         document_ids=_text_ids(texts),
         num_truncated=query_tokens.num_truncated + document_tokens.num_truncated,
-        capacity=_capacity(len(records), documents),
-        micro_capacity=_capacity(most_queries, documents),
+        capacity=_capacity(len(records), documents), micro_capacity=_capacity(most_queries, documents),
     )
 
 

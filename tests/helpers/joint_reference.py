@@ -22,11 +22,11 @@ Text = tuple[Tensor, Tensor, Tensor]
 
 def largest_weights(ids: Sequence[int], weights: Tensor) -> dict[int, Tensor]:
     """The largest weight of each token, -1 left out."""
-    found: dict[int, Tensor] = {}
+    largest: dict[int, Tensor] = {}
     for token, weight in zip(ids, weights.relu(), strict=True):
-        if token >= 0 and (token not in found or bool(weight > found[token])):
-            found[token] = weight
-    return found
+        if token >= 0 and (token not in largest or bool(weight > largest[token])):
+            largest[token] = weight
+    return largest
 
 
 def scores_of_texts(query_ids: Sequence[Sequence[int]], queries: Sequence[Text],
