@@ -9,8 +9,8 @@ import torch
 from megatron_embed.batch import TextVectors
 from megatron_embed.config.vector_format import JointFormat
 from megatron_embed.errors import CheckpointError
+from megatron_embed.evaluation.joint_vectors import text_vectors
 from megatron_embed.export.verify import Report, compare_vectors, library_errors, load_transformers, token_states
-from megatron_embed.losses.joint import JointTexts
 from megatron_embed.models.joint_files import read_joint_heads
 
 
@@ -27,7 +27,7 @@ class JointProbe:
     @property
     def dense(self) -> torch.Tensor:
         """[texts, hidden], the texts' own vectors."""
-        return JointTexts(self.rows, self.format.dense_rows).dense[:, : self.format.hidden_size]
+        return text_vectors(self.rows, self.format)
 
 
 def compare_joint_heads(directory: str | Path, texts: Sequence[str], probe: JointProbe, *, minimum_cosine: float,

@@ -21,6 +21,7 @@ from megatron_embed.batch import TextVectors
 from megatron_embed.data.corpus import TextsOnDisk
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.joint_vectors import token_vectors
 from megatron_embed.evaluation.sparse_vectors import sparse_vectors, write_matrix
 from megatron_embed.evaluation.stored_vectors import (
     as_dtype,
@@ -34,7 +35,6 @@ from megatron_embed.evaluation.token_file import write_token_file
 from megatron_embed.evaluation.token_pooling import pool_tokens
 from megatron_embed.evaluation.vector_files import ShardWriter, write_shards
 from megatron_embed.loading.model_directory import ModelDirectory
-from megatron_embed.losses.joint import JointTexts
 from megatron_embed.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
 from megatron_embed.platform.atomic_file import write_atomic
 
@@ -94,7 +94,7 @@ def encode_token_vectors(args: argparse.Namespace, texts: TextsOnDisk, encoder: 
                                                    show_progress=encoder.topology.rank == 0)
     joint, dim, error = encoder.tokenizer.joint, encoder.dim, None
     if joint is not None:
-        blocks, dim = (JointTexts(block, joint.dense_rows).tokens for block in blocks), joint.token_dim
+        blocks, dim = (token_vectors(block, joint) for block in blocks), joint.token_dim
     try:
         if encoder.topology.rank == 0:
             pooled = (pool_tokens(block, args.token_pooling or 1) for block in blocks)

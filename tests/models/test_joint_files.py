@@ -87,3 +87,14 @@ def test_what_is_no_head_is_refused(name, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         find_joint_heads(tmp_path)
     assert not marker.exists()
+
+
+def test_of_a_hub_model_the_two_files_are_fetched_and_no_other_weights():
+    from huggingface_hub.utils import filter_repo_objects
+
+    from megatron_embed.loading.hub import NOT_FETCHED
+
+    names = ["colbert_linear.pt", "sparse_linear.pt", "pytorch_model.pt", "optimizer.pt", "scheduler.pt", "config.json",
+             "pytorch_model.bin", "onnx/model.onnx", "model.safetensors"]
+    kept = list(filter_repo_objects(names, ignore_patterns=list(NOT_FETCHED)))
+    assert kept == ["colbert_linear.pt", "sparse_linear.pt", "config.json", "model.safetensors"]
