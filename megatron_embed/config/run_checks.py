@@ -158,8 +158,9 @@ def check_head(config: "RunConfig") -> None:
     if head != "multi_vector":
         for key in _OF_VECTORS:
             value = vars(embedding)[key]
-            require(value is None, f"embedding.{key}", value, f"is not a setting of a {head} model; set "
-                    "embedding.head: multi_vector, or remove it")
+            why = "takes every token but the first" if head == "joint" else "has one vector for a text"
+            require(value is None, f"embedding.{key}", value, f"a {head} model {why}; set embedding.head: "
+                    "multi_vector, or remove it")
     if head == "dense":
         return
     if config.task == "reranker":
