@@ -17,6 +17,7 @@ from tests.helpers.ranked_documents import stock_metrics
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.runs import configuration, curve, train
+from tests.helpers.toys import layout
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a fox, the dog; and the other dog", "quick"]
 WEIGHTS = (1.0, 0.5, 0.8)
@@ -30,11 +31,12 @@ def run_values(model, directory, **training):
 
 
 def train_and_export(values):
-    """Called by all ranks; the run is resumed for one more step, and then exported."""
+    """Called by all ranks; the run is resumed for one more step, tensor-parallel, and then exported."""
     train(values)
     directory = values["checkpoint"]["directory"]
     export = {"directory": directory, "export_at_end": f"{directory}-export"}
-    return train(values | {"checkpoint": export, "training": values["training"] | {"train_steps": 4}})
+    return train(values | {"checkpoint": export, "training": values["training"] | {"train_steps": 4},
+                           "parallel": layout(2)})
 
 
 def stock(directory, texts):
@@ -57,7 +59,7 @@ def test_a_run_trains_saves_resumes_and_exports(tmp_path):
     assert {"dense_loss", "sparse_loss", "multi_vector_loss", "sum_loss", "distillation_loss"} <= metrics[0].keys()
     whole = run_values(model, tmp_path / "whole", lr_decay_style="constant")
     run_on_ranks(train, 2, whole | {"training": whole["training"] | {"train_steps": 4}})
-    assert curve(directory) == curve(tmp_path / "whole")
+    np.testing.assert_allclose(curve(directory), curve(tmp_path / "whole"), rtol=2e-5)
     export = tmp_path / "run-export"
     for name, shape in (("colbert_linear", (10, 32)), ("sparse_linear", (1, 32))):
         state = torch.load(export / f"{name}.pt", weights_only=True)
@@ -136,3 +138,31 @@ def test_evaluate_and_encode_a_directory_as_bge_m3_s(small_beir, tmp_path):
     ranked = evaluated(["--model", str(directory), "--data", str(tmp_path / "lists.jsonl"), "--head", "joint"], 2)
     first = [total[row, row : row + 4].argmax().item() in (0, 3) for row in range(len(lists))]
     assert ranked["mrr@1"] == pytest.approx(np.mean(first))
+
+
+def planned_and_held(config_values):
+    """Called by all ranks: (parameters by `plan`, held by this rank, numbers of a row by both)."""
+    from megatron_embed.config.load import config_of_overrides
+    from megatron_embed.loading.model_directory import find_model, load_model_chunks
+    from megatron_embed.parallel.topology import initialize
+    from megatron_embed.planning.parameters import held_parameters, vector_width
+
+    config = config_of_overrides(config_values)
+    model = find_model(config.model.path).of_run(config.embedding)
+    chunks = load_model_chunks(model, config, initialize(config.parallel), new_weights=True)
+    held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    return (held_parameters(config, model.shape, 0).total, vector_width(config, model.shape)), (
+        held, model.dim(config.embedding))
+
+
+@pytest.mark.parametrize("embedding_dim, width", [(None, 14), (48, 50)])
+def test_plan_counts_the_heads(embedding_dim, width, tmp_path):
+    directory = save_directory(tmp_path / "model", kind="bert", pooling="cls")
+    values = [f"model.path={directory}", "model.dtype=float32", "embedding.head=joint"]
+    if embedding_dim is None:
+        add_joint_heads(directory)
+    else:
+        values.append(f"embedding.embedding_dim={embedding_dim}")
+    ((planned, held),) = run_on_ranks(planned_and_held, 1, values)
+    assert planned == held
+    assert held[1] == width
