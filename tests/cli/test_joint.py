@@ -115,7 +115,8 @@ def rows_of(folder, name):
 
 @pytest.mark.slow
 def test_evaluate_and_encode_a_directory_as_bge_m3_s(small_beir, tmp_path):
-    directory = add_joint_heads(save_directory(tmp_path / "model", kind="bert", pooling="cls"))
+    directory = add_joint_heads(save_directory(tmp_path / "model", kind="bert", pooling="cls",
+                                               sbert={"max_seq_length": 256, "do_lower_case": False}))
     queries, documents = rows_of(small_beir, "queries"), rows_of(small_beir, "corpus")
     (query_ids, of_query), (ids, of_document) = (stock(directory, list(texts.values())) for texts in (
         queries, documents))

@@ -205,7 +205,8 @@ def test_spellings_of_options(options, expected):
      {"embedding.head": "joint", "objective.self_distillation": True, "embedding.embedding_dim": None,
       "objective.loss": "info_nce"}),
     ("torchrun -m FlagEmbedding.finetune.embedder.encoder_only.m3 --model_name_or_path m --train_data a.jsonl "
-     "--unified_finetuning True --colbert_dim 64", {"objective.self_distillation": False, "embedding.embedding_dim": 64}),
+     "--unified_finetuning True --colbert_dim 64",
+     {"objective.self_distillation": False, "embedding.embedding_dim": 64}),
     ("torchrun -m FlagEmbedding.finetune.embedder.encoder_only.m3 --model_name_or_path m --train_data a.jsonl "
      "--unified_finetuning False --use_self_distill False", {"embedding.head": None}),
     ("python -m tevatron.driver.train --dataset_name Tevatron/wikipedia-nq --model_name_or_path m --do_train "
