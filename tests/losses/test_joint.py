@@ -16,7 +16,7 @@ from tests.helpers.joint_reference import joint_loss, scores_of_texts
 
 DIM, HIDDEN = 5, 16
 DENSE_ROWS = 3
-QUERIES = ((2, 3), (1, 1), (3, 4, 3))
+QUERIES = ((2, 3), (1, -1, 1), (3, 4, 3))
 """Ids of the tokens of each query; -1: one without a weight."""
 DOCUMENTS = ((3, 2, -1, 3), (4,), (1, 9, 9, 2, 3), (8, 7), (3, 3, 3, 1))
 

@@ -23,18 +23,18 @@ def heads(dim=4, hidden=6, dtype=torch.float32):
 
 
 def test_what_is_written_is_what_torch_reads(tmp_path):
-    tensors = heads(dtype=torch.bfloat16)
+    tensors = heads(dim=64, hidden=64, dtype=torch.bfloat16)
     write_joint_heads(tmp_path, tensors)
-    several = torch.nn.Linear(6, 4, dtype=torch.bfloat16)
+    several = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
     several.load_state_dict(torch.load(tmp_path / "colbert_linear.pt", weights_only=True))
-    one = torch.nn.Linear(6, 1, dtype=torch.bfloat16)
+    one = torch.nn.Linear(64, 1, dtype=torch.bfloat16)
     one.load_state_dict(torch.load(tmp_path / "sparse_linear.pt", weights_only=True))
     assert torch.equal(torch.cat([several.weight, one.weight]), tensors["weight"])
     assert torch.equal(read_joint_heads(tmp_path)["bias"], tensors["bias"].float())
     assert (tmp_path / "sparse_linear.pt").stat().st_size < 4000, "a file holds the storage of the other's tensors"
-    assert find_joint_heads(tmp_path) == JointHeads(dim=4)
-    write_settings_file(tmp_path, JointHeads(dim=4, score_weights=(1.0, 0.5, 0.0)))
-    assert find_joint_heads(tmp_path) == JointHeads(dim=4, score_weights=(1.0, 0.5, 0.0))
+    assert find_joint_heads(tmp_path) == JointHeads(dim=64)
+    write_settings_file(tmp_path, JointHeads(dim=64, score_weights=(1.0, 0.5, 0.0)))
+    assert find_joint_heads(tmp_path) == JointHeads(dim=64, score_weights=(1.0, 0.5, 0.0))
     remove_joint_heads(tmp_path)
     assert not list(tmp_path.iterdir())
     assert find_joint_heads(tmp_path) is None
