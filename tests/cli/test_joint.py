@@ -156,6 +156,7 @@ def planned_and_held(config_values):
         held, model.dim(config.embedding))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embedding_dim, width", [(None, 14), (48, 50)])
 def test_plan_counts_the_heads(embedding_dim, width, tmp_path):
     directory = save_directory(tmp_path / "model", kind="bert", pooling="cls")
@@ -167,3 +168,20 @@ def test_plan_counts_the_heads(embedding_dim, width, tmp_path):
     ((planned, held),) = run_on_ranks(planned_and_held, 1, values)
     assert planned == held
     assert held[1] == width
+
+
+def test_sizes_of_the_heads_are_the_directory_s_else_the_hidden_size(tmp_path):
+    from megatron_embed.config.load import config_of_overrides
+    from megatron_embed.loading.model_directory import find_model
+    from megatron_embed.planning.parameters import dense_parameters, vector_width
+
+    plain = save_directory(tmp_path / "plain", kind="bert", pooling="cls")
+    several = add_joint_heads(save_directory(tmp_path / "several", kind="bert", pooling="cls"))
+    for directory, more, dim in ((plain, [], 32), (plain, ["embedding.embedding_dim=48"], 48), (several, [], 12)):
+        config = config_of_overrides([f"model.path={directory}", "embedding.head=joint", *more])
+        model = find_model(config.model.path)
+        assert model.of_run(config.embedding).dim(config.embedding) == vector_width(config, model.shape) == dim + 2
+        assert dense_parameters(config, model.shape) == 33 * (dim + 1)
+    with pytest.raises(ConfigError, match="embedding.embedding_dim = 48: the model's own heads give vectors of 12"):
+        find_model(str(several)).of_run(config_of_overrides([
+            f"model.path={several}", "embedding.head=joint", "embedding.embedding_dim=48"]).embedding)

@@ -39,6 +39,7 @@ FAST = (
     Case(kind="qwen3", layout=Layout(tp=2), micro_batches=2, rows="masked"),
     Case(kind="qwen3_moe", layout=Layout(tp=2), micro_batches=1, distributed=True),
     Case(kind="bert", layout=Layout(tp=2), micro_batches=2, dense="embeddinggemma"),
+    Case(kind="bert", layout=Layout(tp=2), micro_batches=2, joint="distilled"),
     Case(kind="qwen3", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3, rows="masked", first_pass=2),
     Case(kind="bert", layout=Layout(cp=2), micro_batches=2),
     Case(kind="qwen3", layout=Layout(cp=2, a2a=True), micro_batches=2, rows="masked"),
