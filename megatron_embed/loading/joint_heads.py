@@ -50,8 +50,15 @@ def joint_pooling(own: Pooling) -> ModelPooling:
     return JOINT_POOLINGS[own]
 
 
-def as_joint_model(model: "ModelDirectory", key: str) -> "ModelDirectory":
-    """A model that has joint heads, with them. Raises ConfigError, beginning with the option `key`, if it has none."""
+def as_joint_model(model: "ModelDirectory", key: str, *, normalize: bool) -> "ModelDirectory":
+    """A model that has joint heads, with them.
+
+    Raises:
+        ConfigError: it has none, beginning with the option `key`; or its vectors are to keep their length.
+    """
+    if not normalize:
+        raise ConfigError("--no-normalize: vectors of joint heads always have unit length; leave it out, or --head",
+                          key="--no-normalize")
     if model.saved.joint_heads is None:
         raise ConfigError(f"{key} {model.path}: has no joint heads ({VECTORS_FILE} and {WEIGHTS_FILE}); leave out "
                           "--head, or give a model that was trained with embedding.head: joint", key="--head")

@@ -368,7 +368,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
     """
     model = find_model(args.model, key)
     if multi_vector == "joint":
-        model = as_joint_model(model, key)
+        model = as_joint_model(model, key, normalize=not args.no_normalize)
     if not with_dense:
         saved = dataclasses.replace(model.saved, dense=(), vectors=None, sparse=False)
         model = dataclasses.replace(model, saved=saved)

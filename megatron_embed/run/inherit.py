@@ -31,7 +31,7 @@ def inherited(config: RunConfig, model: ModelDirectory, checkpoint: Path | None 
     normalize = config.embedding.normalize
     if normalize is None:
         sparse = config.embedding.head == "sparse" or (config.embedding.head is None and model.saved.sparse)
-        normalize = bool(known["normalize"]) and not sparse
+        normalize = (bool(known["normalize"]) or config.embedding.head == "joint") and not sparse
     embedding = dataclasses.replace(config.embedding, normalize=normalize)
     if config.workload.inherits_text_settings:
         embedding = with_format(embedding, model.saved.vectors, sparse=model.saved.sparse)

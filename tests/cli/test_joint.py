@@ -185,3 +185,17 @@ def test_sizes_of_the_heads_are_the_directory_s_else_the_hidden_size(tmp_path):
     with pytest.raises(ConfigError, match="embedding.embedding_dim = 48: the model's own heads give vectors of 12"):
         find_model(str(several)).of_run(config_of_overrides([
             f"model.path={several}", "embedding.head=joint", "embedding.embedding_dim=48"]).embedding)
+
+
+def test_options_of_heads_that_a_model_has_not(tmp_path):
+    from megatron_embed.loading.joint_heads import as_joint_model
+    from megatron_embed.loading.model_directory import find_model
+
+    plain = find_model(str(save_directory(tmp_path / "plain", kind="bert")))
+    with pytest.raises(ConfigError, match=r"--model .*plain: has no joint heads \(colbert_linear.pt"):
+        as_joint_model(plain, "--model", normalize=True)
+    several = find_model(str(add_joint_heads(save_directory(tmp_path / "several", kind="bert", pooling="weightedmean"))))
+    with pytest.raises(ConfigError, match="--no-normalize: vectors of joint heads"):
+        as_joint_model(several, "--model", normalize=False)
+    with pytest.raises(ConfigError, match="embedding.pooling = 'weightedmean'.*cls, mean, lasttoken"):
+        as_joint_model(several, "--model", normalize=True).pooling(None)
