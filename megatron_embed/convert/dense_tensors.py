@@ -14,8 +14,8 @@ from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, Saf
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.dense_settings import DenseSettings, joint_projection
-from megatron_embed.models.joint_files import write_joint_heads
-from megatron_embed.models.saved_settings import SavedSettings
+from megatron_embed.models.joint_files import find_joint_heads, write_joint_heads
+from megatron_embed.models.saved_settings import read_saved_settings
 
 WEIGHTS_FILE = "model.safetensors"
 STORED_NAMES: Mapping[str, str] = {"weight": "linear.weight", "bias": "linear.bias"}
@@ -132,13 +132,17 @@ def write_trained_dense(reader: DcpReader, dense: Sequence[DenseSettings], path:
                     {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()})
 
 
-def write_trained_heads(reader: DcpReader, saved: SavedSettings, path: Path, directory: Path,
+def write_trained_heads(reader: DcpReader, hf: Path, path: Path, directory: Path,
                         dtype: torch.dtype | None = None) -> None:
-    """Write the Dense modules, or a joint model's heads, that a checkpoint trained; see `write_trained_dense`."""
-    if saved.joint_heads is None:
-        write_trained_dense(reader, saved.dense, path, directory, dtype)
+    """Write the Dense modules, or a joint model's heads, that a checkpoint trained; see `write_trained_dense`.
+
+    `hf`: the checkpoint's.
+    """
+    dense, heads = read_saved_settings(hf).dense, find_joint_heads(hf)
+    if dense or heads is None:
+        write_trained_dense(reader, dense, path, directory, dtype)
         return
-    joint = JointFormat(hidden_size=reader.shape(f"{DENSE_KEYS}0.weight")[1], token_dim=saved.joint_heads.dim)
+    joint = JointFormat(hidden_size=reader.shape(f"{DENSE_KEYS}0.weight")[1], token_dim=heads.dim)
     (tensors,) = trained_dense(reader, (joint_projection(joint),), path)
     write_joint_heads(directory, {name: tensor if dtype is None else tensor.to(dtype)
                                   for name, tensor in tensors.items()})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from megatron_embed.config.schema import EmbeddingConfig
 from megatron_embed.config.vector_format import JointFormat
 from megatron_embed.errors import ConfigError
-from megatron_embed.models.joint_files import VECTORS_FILE, WEIGHTS_FILE
+from megatron_embed.models.joint_files import VECTORS_FILE, WEIGHTS_FILE, find_joint_heads
 from megatron_embed.names import JOINT_POOLINGS, ModelPooling, Pooling
 
 if TYPE_CHECKING:
@@ -22,9 +22,11 @@ def with_joint_heads(model: "ModelDirectory", config: EmbeddingConfig,
         score_weights: of the scores in their sum; None: the directory's own, else BGE-M3's.
     Raises:
         ConfigError: the model has what a joint one has not, or heads of another size.
+        CheckpointError: its heads cannot be read.
     """
     key, saved, wanted = "embedding.head", model.saved, config.embedding_dim
-    own = None if saved.joint_heads is None else saved.joint_heads.dim
+    heads = find_joint_heads(model.hf)
+    own = None if heads is None else heads.dim
     others = {"Dense modules": bool(saved.dense), "a vector for every token": saved.vectors is not None,
               "sparse vectors": saved.sparse, "a chat template around every text": saved.chat is not None,
               "adapters": model.adapters is not None}
@@ -35,8 +37,7 @@ def with_joint_heads(model: "ModelDirectory", config: EmbeddingConfig,
     if own is not None and wanted not in (None, own):
         raise ConfigError(f"embedding.embedding_dim = {wanted}: the model's own heads give vectors of {own} numbers; "
                           "remove the setting", key="embedding.embedding_dim")
-    weights = score_weights or (JointFormat.score_weights if saved.joint_heads is None
-                                else saved.joint_heads.score_weights)
+    weights = score_weights or (JointFormat.score_weights if heads is None else heads.score_weights)
     hidden = model.shape.hidden_size
     return dataclasses.replace(model, joint=JointFormat(hidden_size=hidden, token_dim=wanted or own or hidden,
                                                         score_weights=weights))
@@ -59,7 +60,7 @@ def as_joint_model(model: "ModelDirectory", key: str, *, normalize: bool) -> "Mo
     if not normalize:
         raise ConfigError("--no-normalize: vectors of joint heads always have unit length; leave it out, or --head",
                           key="--no-normalize")
-    if model.saved.joint_heads is None:
+    if find_joint_heads(model.hf) is None:
         raise ConfigError(f"{key} {model.path}: has no joint heads ({VECTORS_FILE} and {WEIGHTS_FILE}); leave out "
                           "--head, or give a model that was trained with embedding.head: joint", key="--head")
     return with_joint_heads(model, EmbeddingConfig(head="joint"))

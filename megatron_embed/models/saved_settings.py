@@ -16,7 +16,6 @@ from megatron_embed.config.vector_format import VectorFormat
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.dense_settings import ACTIVATION_CLASSES, LARGEST_FEATURES, DenseSettings, check_chain
 from megatron_embed.models.families import ModelShape, read_hf_config
-from megatron_embed.models.joint_files import JointHeads, find_joint_heads
 from megatron_embed.models.key_table import shown_value
 from megatron_embed.models.known_keys import (
     CONFIG_SENTENCE_TRANSFORMERS,
@@ -96,8 +95,6 @@ class SavedSettings:
     """The tokens of a multi-vector model that give vectors; None: a text gives one vector."""
     sparse: bool = False
     """A text gives a weight for every token of the vocabulary."""
-    joint_heads: JointHeads | None = None
-    """The heads that a joint model has beside its weights; None: there are none."""
 
     @property
     def default_prompt(self) -> str:
@@ -210,7 +207,6 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     common: dict[str, Any] = {"dtype": dtype if isinstance(dtype, str) else None, "adds_eos": transformer.adds_eos,
                               "max_length": transformer.max_length, "stated_length": transformer.stated_length,
                               "length_key": transformer.length_key, "truncation_side": transformer.truncation_side}
-    common["joint_heads"] = find_joint_heads(own)
     if not modules:
         refuse_stanford(folder, hf)
         return SavedSettings(**common)

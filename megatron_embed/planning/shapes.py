@@ -9,10 +9,10 @@ from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape, model_shape
-from megatron_embed.models.joint_files import JointHeads
+from megatron_embed.models.joint_files import JointHeads, find_joint_heads
 from megatron_embed.models.modules_json import transformer_folder
 from megatron_embed.models.quantization import StoredQuantization, stored_quantization
-from megatron_embed.models.saved_settings import SavedSettings, read_saved_settings
+from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import ModelPooling
 
 FOLDER = Path(__file__).with_name("shapes")
@@ -109,26 +109,23 @@ def _cached(name: str) -> Path | None:
 
 
 @functools.cache
-def _saved_at_hand(path: str) -> SavedSettings:
-    """The settings of the model's directory; none if it is not here."""
-    files, folder = model_files(path), Path(path).expanduser()
-    if files is None:
-        return SavedSettings()
-    return read_saved_settings(folder if (folder / "modules.json").is_file() else files, files)
-
-
 def joint_heads_at_hand(path: str) -> JointHeads | None:
     """The joint heads of the model's directory; None if it has none, or is not here."""
-    return _saved_at_hand(path).joint_heads
+    files = model_files(path)
+    return None if files is None else find_joint_heads(files)
 
 
+@functools.cache
 def modules_at_hand(path: str) -> tuple[tuple[DenseSettings, ...], ModelPooling | None]:
     """The Dense modules and the pooling that the directory of the model says; neither if it is not here.
 
     Raises:
         CheckpointError: see `model_files` and `read_saved_settings`.
     """
-    saved = _saved_at_hand(path)
+    files, folder = model_files(path), Path(path).expanduser()
+    if files is None:
+        return (), None
+    saved = read_saved_settings(folder if (folder / "modules.json").is_file() else files, files)
     return saved.dense, "tokens" if saved.vectors is not None else "splade" if saved.sparse else saved.pooling
 
 

@@ -19,6 +19,7 @@ from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
 from megatron_embed.loading.quantized import base_of_run
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import model_shape
+from megatron_embed.models.joint_files import find_joint_heads
 from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import JOINT_POOLINGS, ModelPooling
@@ -178,14 +179,13 @@ def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> 
     if model.saved.vectors != saved.vectors:
         raise _refusal(checkpoint, "embedding.head", config.embedding.head,
                        f"this run began with {saved.vectors or 'a dense model'}")
-    is_joint, was_joint = model.joint is not None, saved.joint_heads is not None
-    if is_joint != was_joint:
+    heads, is_joint = find_joint_heads(checkpoint / "hf"), model.joint is not None
+    if is_joint != (heads is not None):
         raise _refusal(checkpoint, "embedding.head", config.embedding.head,
-                       f"this run began {'with' if was_joint else 'without'} joint heads")
-    if model.joint is not None and saved.joint_heads is not None and model.joint.token_dim != saved.joint_heads.dim:
+                       f"this run began {'without' if heads is None else 'with'} joint heads")
+    if model.joint is not None and heads is not None and model.joint.token_dim != heads.dim:
         raise _refusal(checkpoint, "embedding.embedding_dim", config.embedding.embedding_dim,
-                       f"{model.joint.token_dim} numbers of a token's vector, this run began with "
-                       f"{saved.joint_heads.dim}")
+                       f"{model.joint.token_dim} numbers of a token's vector, this run began with {heads.dim}")
     pooling = model.pooling(config.embedding.pooling)
     was: ModelPooling | None = saved.pooling
     if is_joint:

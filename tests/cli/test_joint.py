@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import CheckpointError, ConfigError
 from tests.helpers.commands import evaluated, small_beir  # noqa: F401
 from tests.helpers.foreign_directories_helpers import save_directory
 from tests.helpers.joint_reference import JointHeads, add_joint_heads, largest_weights, scores_of_texts
@@ -194,8 +194,13 @@ def test_options_of_heads_that_a_model_has_not(tmp_path):
     plain = find_model(str(save_directory(tmp_path / "plain", kind="bert")))
     with pytest.raises(ConfigError, match=r"--model .*plain: has no joint heads \(colbert_linear.pt"):
         as_joint_model(plain, "--model", normalize=True)
-    several = find_model(str(add_joint_heads(save_directory(tmp_path / "several", kind="bert", pooling="weightedmean"))))
+    directory = add_joint_heads(save_directory(tmp_path / "several", kind="bert", pooling="weightedmean"))
+    several = find_model(str(directory))
     with pytest.raises(ConfigError, match="--no-normalize: vectors of joint heads"):
         as_joint_model(several, "--model", normalize=False)
     with pytest.raises(ConfigError, match="embedding.pooling = 'weightedmean'.*cls, mean, lasttoken"):
         as_joint_model(several, "--model", normalize=True).pooling(None)
+    (directory / "sparse_linear.pt").write_bytes(b"damaged")
+    assert find_model(str(directory)).pooling(None) == "weightedmean", "a dense model reads no heads"
+    with pytest.raises(CheckpointError, match="sparse_linear.pt: not readable"):
+        as_joint_model(find_model(str(directory)), "--model", normalize=True)
