@@ -22,6 +22,16 @@ class Capacity(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JointOutputs:
+    """What a joint model gives for a text besides the vectors of its tokens."""
+
+    dense_rows: int
+    """Rows before those of the tokens, which hold the text's own vector."""
+    unweighted: frozenset[int]
+    """Ids of tokens without a weight: special ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Packed sequences, the same on every tensor-, context- and pipeline-parallel rank of a replica.
 
@@ -42,6 +52,8 @@ class MicroBatch:
     vectors: Tensor | None = None
     """[tokens] int64, of a multi-vector model: the index, among all vectors of the rank's rows, of the vector that the
     token gives, -1 for none and in the padding; None: each sequence gives one vector."""
+    joint: JointOutputs | None = None
+    """A joint model's, whose texts' rows stand before those that `vectors` numbers; None: there are no such rows."""
     key_lengths: Tensor | None = None
     """[sequences] int32, tokens of each sequence that attention sees, its first ones; None: all of them."""
     repeated: bool = False
@@ -64,10 +76,21 @@ class MicroBatch:
 
     @property
     def outputs(self) -> Tensor:
-        """[outputs that count] int64, where each of them belongs: the row of a sequence, or the index of a vector."""
+        """[outputs that count] int64, where each of them belongs: the row of a sequence, or the index of a vector; of a
+        joint model those of the texts, then those of the tokens."""
         if self.vectors is None:
             return self.valid_rows
-        return self.vectors[self.vectors >= 0] if not self.repeated else self.vectors[:0]
+        if self.repeated:
+            return self.vectors[:0]
+        of_tokens = self.vectors[self.vectors >= 0]
+        return of_tokens if self.joint is None else torch.cat([self._text_outputs(self.joint.dense_rows), of_tokens])
+
+    def _text_outputs(self, dense_rows: int) -> Tensor:
+        """[sequences * dense_rows] int64, indices of the rows before those of each text's tokens."""
+        assert self.vectors is not None
+        token = (self.vectors >= 0).nonzero()[:, 0]
+        first = self.vectors[token[torch.searchsorted(token, self.cu_seqlens[:-1].to(torch.int64))]]
+        return (first[:, None] + torch.arange(-dense_rows, 0)).flatten()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +137,8 @@ class EmbedBatch(StepBatch):
     """[num_documents] float64, a teacher's score of each document for its query; None: the rows have none."""
     vector_counts: Tensor | None = None
     """[num_rows] int64, vectors of each row of a multi-vector model, the queries' first; None: one each."""
+    dense_rows: int = 0
+    """How many of each row's vectors, its first, hold the text's own vector in a joint model; see JointTexts."""
     embeds_documents: bool = True
     """False: the micro-batches hold the queries alone, since the documents have vectors already."""
     capacity: Capacity

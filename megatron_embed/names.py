@@ -11,13 +11,26 @@ IndexKind = Literal["flat", "ivf", "hnsw"]
 """How vectors are searched: each is compared, those of the nearest lists, or along a graph of neighbours."""
 INDEXES: tuple[IndexKind, ...] = get_args(IndexKind)
 
-ModelPooling = Literal[Pooling, "tokens", "splade"]
-"""How token states become what a model gives: one vector of a text; tokens, a vector for each of its tokens; or splade,
-a weight for each token of the vocabulary."""
+ModelPooling = Literal[Pooling, "tokens", "splade", "cls+tokens", "mean+tokens", "lasttoken+tokens"]
+"""How token states become what a model gives: one vector of a text; tokens, a vector for each of its tokens; splade, a
+weight for each token of the vocabulary; or, of a joint model, one vector of a text, and a vector and a weight for each
+of its tokens."""
+JOINT_POOLINGS: dict[Pooling, ModelPooling] = {"cls": "cls+tokens", "mean": "mean+tokens",
+                                               "lasttoken": "lasttoken+tokens"}
+"""Pooling of a joint model, by that of its texts' vectors."""
 
-EmbeddingHead = Literal["dense", "multi_vector", "sparse"]
-"""What an embedding model gives for a text: one vector, a vector for every token (late interaction), or a weight for
-every token of the vocabulary (SPLADE)."""
+def pools_last_token(pooling: ModelPooling) -> bool:
+    """Whether a text's vector is the state of its last token."""
+    return pooling in ("lasttoken", JOINT_POOLINGS["lasttoken"])
+
+
+EmbeddingHead = Literal["dense", "multi_vector", "sparse", "joint"]
+"""What an embedding model gives for a text: one vector, a vector for every token (late interaction), a weight for every
+token of the vocabulary (SPLADE), or (as BGE-M3) one vector, and a vector and a weight for each of its own tokens."""
+
+JointScore = Literal["dense", "sparse", "multi_vector"]
+"""What a joint model compares a query with a document by."""
+JOINT_SCORES: tuple[JointScore, ...] = get_args(JointScore)
 
 Regularizer = Literal["flops", "l1"]
 """What keeps sparse vectors sparse: the square of each weight's mean over texts, or the sum of a text's weights."""

@@ -35,6 +35,7 @@ from tests.helpers.exactness_cases import (  # noqa: E402
     Case,
     all_cases,
     flash_cases,
+    joint_cases,
     multi_vector_cases,
     other_model_cases,
     sparse_cases,
@@ -123,6 +124,16 @@ least 4e-6 apart, and as far from 0.
 """
 
 
+JOINT_INTRODUCTION = """## Joint heads
+
+`embedding.head: joint`: a text's own vector, and a weight and a vector for each of its tokens, as BGE-M3 has them; the
+losses of three scores and of their sum, with self-distillation (distilled) or without (plain). The reference takes
+Transformers' token states and two linear layers, one text at a time. Its largest and second dot product of every
+maximum, the largest weights of a token that a text contains twice, and weights and 0, are at least 1e-6 apart.
+
+"""
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default=str(ROOT / "docs" / "exactness.md"))
@@ -153,6 +164,7 @@ def notes(case: Case) -> str:
     words += [case.loss] if case.loss != "info_nce" else []
     words += ["adapters"] if case.adapters else []
     words += [case.sparse] if case.sparse else []
+    words += [case.joint] if case.joint else []
     words += [case.others] if case.others else []
     words += ["masked"] if ROWS[case.rows].masked else []
     words += [f"{case.keep} kept"] if case.keep else []
@@ -201,7 +213,7 @@ def main() -> int:
     started = time.monotonic()
     sections = [(introduction, [case for case in cases if arguments.only in str(case)]) for introduction, cases in (
         ("## Gradients\n\n", [*all_cases(), *stored_cases()]), (MULTI_VECTOR_INTRODUCTION, multi_vector_cases()),
-        (SPARSE_INTRODUCTION, sparse_cases()),
+        (SPARSE_INTRODUCTION, sparse_cases()), (JOINT_INTRODUCTION, joint_cases()),
         (OTHERS_INTRODUCTION, other_model_cases()), (FLASH_INTRODUCTION, flash_cases()))]
     reason = reason_against() if sections[-1][1] else None
     if reason is not None:

@@ -72,7 +72,7 @@ def audit(args: argparse.Namespace) -> tuple[Audit, int]:
                      seconds=time.monotonic() - begun), launched_rank()[0]
     with monitored_ranks() as start:
         with opened(config_of_audit(config, log, args, checkpoint), checkpoint, start) as replay:
-            if config.embedding.head in ("multi_vector", "sparse"):
+            if config.embedding.head in ("multi_vector", "sparse", "joint"):
                 notes.append(f"the loss of a {config.embedding.head} model is computed as in training, not by a plain "
                              "reference")
             work = _Work(log=log, replay=replay, step=args.step, done=done, checkpoint=checkpoint)

@@ -47,7 +47,7 @@ class PlainObjective(Objective[AnyBatch]):
         self.masked: dict[int, tuple[int, list[int]]] = {}
         self._config, self._group, self._inner = config, topology.dp_group, inner
         self.is_plain = config.task == "reranker" or not (
-            config.embedding.head in ("multi_vector", "sparse") or config.training.query_side_only
+            config.embedding.head in ("multi_vector", "sparse", "joint") or config.training.query_side_only
             or any((config.objective.compatible_with, config.objective.guide_model, config.objective.teacher_model)))
 
     def total(self, batch: AnyBatch) -> float:

@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "directory's; without those, the smallest and largest values of these vectors)")
     parser.add_argument("--role", choices=("query", "document"),
                         help="Put the prompt of this role before every text (default: no prompt)")
+    parser.add_argument("--head", choices=("sparse", "multi_vector"),
+                        help="Of a model with joint heads (BGE-M3): write the weights of the tokens that a text "
+                             "contains, as of a sparse model, or the tokens' vectors, as of a multi-vector model "
+                             "(default: the text's own vector)")
     parser.add_argument("--token-pooling", type=positive_int, metavar="N",
                         help="Of a multi-vector model: keep about one vector in N of every document, means of clusters "
                              "(with --role document)")
@@ -70,11 +74,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = given_prompts(args, () if args.role is None else (args.role,))
     with monitored_ranks() as start:
         encoder, model, _ = open_encoder(args, prompts=args.role is not None, given_prompts=prompts, start=start,
-                                         multi_vector=True)
-        check_options_of_head(args, encoder.pooling)
-        if encoder.pooling == "splade":
+                                         multi_vector=True if args.head is None else "joint")
+        kind = {"sparse": "splade", "multi_vector": "tokens"}.get(args.head, encoder.pooling)
+        check_options_of_head(args, kind)
+        if kind == "splade":
             encode_sparse_vectors(args, texts, encoder)
-        elif encoder.pooling == "tokens":
+        elif kind == "tokens":
             encode_token_vectors(args, texts, encoder)
         elif args.output.endswith(".npy"):
             encode_to_file(args, texts, encoder, model)

@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "0..1 within the candidates, as reranked_W/...")
     parser.add_argument("--candidates", type=positive_int, metavar="N",
                         help="Number of documents per query that the first of two stages finds (default: 100)")
+    parser.add_argument("--head", choices=("joint",),
+                        help="Of a model with joint heads (BGE-M3): rank by the sum of its scores, and by each of them "
+                             "as dense/..., sparse/... and multi_vector/... (default: by the texts' own vectors)")
     parser.add_argument("--per-query", metavar="FILE.jsonl", type=path,
                         help="File to write with the metrics of every query of a folder, a row each")
     parser.add_argument("--require", action="append", type=requirement, default=[], metavar="METRIC:VALUE",

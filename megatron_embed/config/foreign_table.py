@@ -49,9 +49,13 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                     "change them there before training"),
         unsupported("additional_special_tokens new_special_tokens resize_token_embeddings", "SF", "add tokens to the "
                     "tokenizer and rows to the embeddings first, save the model, and give that directory"),
-        unsupported("colbert_dim unified_finetuning use_self_distill self_distill_start_step fix_encoder "
-                    "sparse_vector use_sparse splade_reg", "FT", "models here give one dense vector; train sparse or "
-                    "multi-vector heads with FlagEmbedding or Sentence Transformers"),
+        key("unified_finetuning", "F", "embedding.head", "true: joint, BGE-M3's three heads"),
+        key("use_self_distill", "F", "objective.self_distillation", "of embedding.head: joint"),
+        key("colbert_dim", "F", "embedding.embedding_dim", "of embedding.head: joint; -1: null"),
+        unsupported("self_distill_start_step fix_encoder", "F", "all of a model is trained, and by self-distillation "
+                    "from the first step"),
+        unsupported("sparse_vector use_sparse splade_reg", "FT", "set embedding.head: sparse, and the regularizers of "
+                    "objective"),
         unsupported("untie_encoder share_encoder add_pooler projection_in_dim projection_out_dim", "T", "one encoder "
                     "gives the vectors of queries and documents, without a projection"),
         unsupported("start_layer head_multi head_type compress_ratio compress_layers cutoff_layers", "F", "rerankers "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_embed.config.require import require
-from megatron_embed.names import Direction, Hardness, Regularizer, TeacherDistance
+from megatron_embed.names import JOINT_SCORES, Direction, Hardness, Regularizer, TeacherDistance
 
 Loss = Literal["info_nce", "sigmoid", "cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle",
                "triplet", "margin_mse", "kl_distillation", "embedding_distillation", "pointwise", "listwise",
@@ -24,6 +24,10 @@ MULTI_VECTOR_LOSSES = ("info_nce", "margin_mse", "kl_distillation")
 REGULARIZERS = ("query_regularizer", "query_regularizer_weight", "document_regularizer", "document_regularizer_weight",
                 "regularizer_warmup_steps", "regularizer_schedule")
 """Settings of the terms that keep the vectors of a sparse model sparse."""
+OF_JOINT = ("score_weights", "score_loss_weights", "self_distillation")
+"""Settings of the loss of a joint model."""
+SCORE_WEIGHTS = (1.0, 0.3, 1.0)
+"""Weights of a joint model's scores in their sum, those of BGE-M3."""
 QUERY_REGULARIZER_WEIGHT, DOCUMENT_REGULARIZER_WEIGHT = 5e-5, 3e-5
 """Those of Sentence Transformers' examples."""
 EMBEDDING_LOSSES = (*CONTRASTIVE, *LABELLED_PAIRS, *WITH_HARD_NEGATIVES, DISTILLED_VECTORS)
@@ -107,6 +111,14 @@ class ObjectiveConfig:
     """Optimizer steps over which both factors rise from 0, >= 0; a third of all steps in Sentence Transformers."""
     regularizer_schedule: Literal["quadratic", "linear"] = "quadratic"
     """How they rise: with the square of the share of these steps, or with the share."""
+    score_weights: tuple[float, ...] = SCORE_WEIGHTS
+    """Weights of a joint model's dense, sparse and multi-vector score in their sum, >= 0, the sum by which `evaluate`
+    ranks too; the default is BGE-M3's."""
+    score_loss_weights: tuple[float, ...] = (1.0, 0.1, 1.0)
+    """Weights of the losses of these scores, >= 0, beside that of their sum, which has 1; the default is BGE-M3's."""
+    self_distillation: bool = True
+    """Whether each score of a joint model also learns from the softmax of their sum (Chen et al. 2024,
+    arXiv:2402.03216)."""
     matryoshka_weights: tuple[float, ...] = ()
     """Weights of the loss at each of embedding.matryoshka_dims, in their order; empty: 1 each."""
     precision_weights: tuple[float, ...] = ()
@@ -185,6 +197,10 @@ class ObjectiveConfig:
         for key in ("query_regularizer_weight", "document_regularizer_weight", "regularizer_warmup_steps"):
             value = values[key]
             require(value is None or value >= 0, f"objective.{key}", value, "must be >= 0")
+        for key in OF_JOINT[:2]:
+            require(len(values[key]) == len(JOINT_SCORES) and all(weight >= 0 for weight in values[key])
+                    and any(values[key]), f"objective.{key}", list(values[key]),
+                    f"must be one weight >= 0 each for {', '.join(JOINT_SCORES)}, not all 0")
         self._check_compatible()
         require((self.loss == DISTILLED_VECTORS) == (self.teacher_model is not None), "objective.teacher_model",
                 self.teacher_model, f"must name the teacher's directory with loss = {DISTILLED_VECTORS!r}")

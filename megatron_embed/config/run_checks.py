@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_embed.config.objective import CONTRASTIVE, MULTI_VECTOR_LOSSES, REGULARIZERS, ObjectiveConfig
+from megatron_embed.config.objective import CONTRASTIVE, MULTI_VECTOR_LOSSES, OF_JOINT, REGULARIZERS, ObjectiveConfig
 from megatron_embed.config.require import require
-from megatron_embed.names import PRECISIONS
+from megatron_embed.names import JOINT_POOLINGS, PRECISIONS
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
@@ -150,16 +150,17 @@ def check_head(config: "RunConfig") -> None:
     embedding, head = config.embedding, config.embedding.head
     if head is None:  # the model directory decides, and this is checked again then
         return
-    if head != "sparse":
-        defaults, given = vars(ObjectiveConfig()), vars(config.objective)
-        for key in REGULARIZERS:
-            require(given[key] == defaults[key], f"objective.{key}", given[key], "has no effect without "
-                    "embedding.head: sparse; set that, or remove it")
+    defaults, given = vars(ObjectiveConfig()), vars(config.objective)
+    for kind, keys in (("sparse", REGULARIZERS), ("joint", OF_JOINT)):
+        for key in keys:
+            require(head == kind or given[key] == defaults[key], f"objective.{key}", given[key], "has no effect "
+                    f"without embedding.head: {kind}; set that, or remove it")
     if head != "multi_vector":
         for key in _OF_VECTORS:
             value = vars(embedding)[key]
-            require(value is None, f"embedding.{key}", value, f"a {head} model has one vector for a text; set "
-                    "embedding.head: multi_vector, or remove it")
+            why = "takes every token but the first" if head == "joint" else "has one vector for a text"
+            require(value is None, f"embedding.{key}", value, f"a {head} model {why}; set embedding.head: "
+                    "multi_vector, or remove it")
     if head == "dense":
         return
     if config.task == "reranker":
@@ -167,7 +168,11 @@ def check_head(config: "RunConfig") -> None:
     if head == "sparse":
         _check_sparse(config)
     objective, multi = config.objective, f"with embedding.head: {head}"
-    require(embedding.pooling is None, "embedding.pooling", embedding.pooling, f"{multi} nothing is pooled; remove it")
+    if head == "joint":
+        _check_joint(config)
+    else:
+        require(embedding.pooling is None, "embedding.pooling", embedding.pooling,
+                f"{multi} nothing is pooled; remove it")
     require(not embedding.matryoshka_dims, "embedding.matryoshka_dims", list(embedding.matryoshka_dims),
             f"has no effect {multi}, whose vectors keep all their dimensions; remove it")
     require(embedding.attend_to_expansion is None or embedding.query_expansion != 0, "embedding.attend_to_expansion",
@@ -198,6 +203,24 @@ def _check_sparse(config: "RunConfig") -> None:
             f"are trained by adapters alone ({sparse}); set it to none")
 
 
+def _check_joint(config: "RunConfig") -> None:
+    """Refuse what a joint model does not have."""
+    joint, embedding, objective = "with embedding.head: joint", config.embedding, config.objective
+    require(embedding.pooling is None or embedding.pooling in JOINT_POOLINGS, "embedding.pooling", embedding.pooling,
+            f"must be one of {', '.join(JOINT_POOLINGS)} {joint}")
+    require(embedding.normalize is not False, "embedding.normalize", False, "the three scores are of unit vectors, or "
+            f"they could not be added ({joint}); remove it")
+    require(objective.loss == "info_nce", "objective.loss", objective.loss, f"must be info_nce {joint}")
+    for key in ("mask_margin", "hardness"):
+        value = vars(objective)[key]
+        require(value is None, f"objective.{key}", value, f"each score would choose other negatives ({joint}); remove "
+                "it")
+    require(config.lora.rank == 0, "lora.rank", config.lora.rank, "a joint model's heads are not part of an adapter's "
+            f"directory ({joint}); set it to 0")
+    require(config.model.quantization == "none", "model.quantization", config.model.quantization, "quantized weights "
+            f"are trained by adapters alone ({joint}); set it to none")
+
+
 def check_dims_and_precisions(config: "RunConfig") -> None:
     """Refuse weights that do not match, and precisions that the run's vectors, or its loss, cannot have."""
     key, precision = "embedding.precision", config.embedding.precision
@@ -210,7 +233,7 @@ def check_dims_and_precisions(config: "RunConfig") -> None:
     if precision == ("float32",):
         return
     require(config.task == "embedding", key, list(precision), "a reranker gives scores and no vectors; remove it")
-    require(config.embedding.head not in ("multi_vector", "sparse"), key, list(precision),
+    require(config.embedding.head not in ("multi_vector", "sparse", "joint"), key, list(precision),
             f"such vectors are kept in float32 (embedding.head: {config.embedding.head}); remove it")
     require(config.objective.loss in CONTRASTIVE, key, list(precision), f"objective.loss = {config.objective.loss!r} "
             f"compares vectors as they are; choose one of {', '.join(CONTRASTIVE)}, or remove it")
@@ -236,7 +259,7 @@ def check_other_models(config: "RunConfig") -> None:
               "training.query_side_only": query_side or None, "objective.teacher_model": objective.teacher_model}
     require(objective.vector_cache is None or any(others.values()), "objective.vector_cache", objective.vector_cache,
             f"no other model embeds texts ({', '.join(others)}); remove it")
-    if config.embedding.head in ("multi_vector", "sparse"):
+    if config.embedding.head in ("multi_vector", "sparse", "joint"):
         rule = f"this needs one dense vector for each text (embedding.head: {config.embedding.head}); remove it"
         for name, value in others.items():
             require(value is None, name, value, rule)

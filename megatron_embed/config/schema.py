@@ -34,7 +34,9 @@ class EmbeddingConfig:
     head: EmbeddingHead | None = None
     """dense: one vector for a text. multi_vector: a vector for every token of it, compared by MaxSim, the sum over the
     query's vectors of each one's largest dot product with a vector of the document (late interaction, ColBERT).
-    sparse: a weight for every token of the vocabulary (SPLADE). null: as the model directory says, otherwise dense."""
+    sparse: a weight for every token of the vocabulary (SPLADE). joint: one vector for a text, and for each of its
+    tokens a weight and a vector, compared by each of the three and by their sum (BGE-M3). null: as the model directory
+    says, otherwise dense; a directory with BGE-M3's heads is dense unless joint is set."""
     pooling: Pooling | None = None
     """null: the setting in the model directory's Sentence Transformers files, otherwise mean for an encoder and
     lasttoken for a decoder."""
@@ -44,7 +46,8 @@ class EmbeddingConfig:
     embedding_dim: int | None = None
     """Dimensions of an embedding, by a new linear layer without bias over the pooled vector, or over every token's,
     trained with the model and exported as Sentence Transformers' module Dense. null: the model's own Dense modules, if
-    any, otherwise the width of the pooled vector, or 128 of a multi-vector model."""
+    any, otherwise the width of the pooled vector, or 128 of a multi-vector model. Of a joint model: dimensions of the
+    tokens' vectors; null: as the directory's own, otherwise the width of the pooled vector, as in BGE-M3."""
     skiplist_words: tuple[str, ...] | None = None
     """Tokens of documents, by their text in the vocabulary, that give no vector in a multi-vector model. null: the
     model's own, otherwise ASCII punctuation, as in ColBERT; []: none."""

@@ -4,6 +4,7 @@ import string
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from megatron_embed.config.objective import SCORE_WEIGHTS
 from megatron_embed.names import Role
 
 if TYPE_CHECKING:
@@ -42,6 +43,29 @@ class VectorFormat:
     then the tokenizer's files say so."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class JointFormat:
+    """The rows that a joint model gives for a text: its own vector, filled up with zeros, in the first ones; then for
+    each token but the first a vector, a weight, and the id that the weight belongs to."""
+
+    hidden_size: int
+    """Numbers of a text's own vector."""
+    token_dim: int
+    """Numbers of a token's."""
+    score_weights: tuple[float, ...] = SCORE_WEIGHTS
+    """Weights of the scores in their sum, in the order of JOINT_SCORES."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return self.token_dim + 2
+
+    @property
+    def dense_rows(self) -> int:
+        """Rows before those of the tokens."""
+        return -(-self.hidden_size // self.width)
+
+
 def format_of_run(embedding: "EmbeddingConfig", own: VectorFormat | None) -> VectorFormat | None:
     """The format of a run whose settings are complete (`with_format`); None: a text gives one vector.
 
@@ -61,6 +85,8 @@ def with_format(embedding: "EmbeddingConfig", own: VectorFormat | None, *, spars
 
     `sparse`: the directory's model is a sparse one.
     """
+    if embedding.head == "joint":
+        return embedding
     if embedding.head == "sparse" or (embedding.head is None and sparse):
         return replace(embedding, head="sparse")
     if embedding.head == "dense" or (embedding.head is None and own is None):

@@ -32,6 +32,7 @@ from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import check_files
+from megatron_embed.models.joint_files import VECTORS_FILE, WEIGHTS_FILE
 from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.modules_json import read_modules, transformer_folder
 from megatron_embed.models.quantization import QuantizedBase
@@ -239,7 +240,8 @@ def module_directories(path: Path) -> Sequence[str]:
 
 
 def copy_files(source: Path, destination: Path) -> None:
-    """Copy every file except weights of the transformer; modules of Sentence Transformers keep theirs.
+    """Copy every file except weights of the transformer; modules of Sentence Transformers keep theirs, and a joint
+    model its heads.
 
     The files of a transformer in a folder of its own are copied beside modules.json, as newer versions write them.
     """
@@ -253,7 +255,8 @@ def copy_files(source: Path, destination: Path) -> None:
                       if name not in _SKIPPED_DIRECTORIES and Path(folder, name) != transformer]
         keeps_weights = any(relative.is_relative_to(module) for module in modules)
         for name in files:
-            if keeps_weights or not any(fnmatchcase(name, pattern) for pattern in _WEIGHTS):
+            kept = keeps_weights or (name in (VECTORS_FILE, WEIGHTS_FILE) and not relative.parts)
+            if kept or not any(fnmatchcase(name, pattern) for pattern in _WEIGHTS):
                 (destination / relative).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(folder) / name, destination / relative / name)
     if transformer != source:

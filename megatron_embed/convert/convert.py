@@ -21,7 +21,7 @@ from megatron_embed.convert.checkpoint_directory import (
     write_json,
     write_sidecar_files,
 )
-from megatron_embed.convert.dense_tensors import holds_dense, write_trained_dense
+from megatron_embed.convert.dense_tensors import holds_dense, write_trained_heads
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.lora_merge import MergedReader
 from megatron_embed.convert.quantized_base import base_directory
@@ -44,7 +44,6 @@ from megatron_embed.convert.to_hf import (
 )
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape
-from megatron_embed.models.saved_settings import read_saved_settings
 
 
 def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
@@ -100,7 +99,7 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
         with staging(dst, writer.total_bytes) as work:
             copy_files(checkpoint.hf, work)
             if head is None and holds_dense(reader):
-                write_trained_dense(reader, read_saved_settings(checkpoint.hf).dense, checkpoint.path, work,
+                write_trained_heads(reader, checkpoint.hf, checkpoint.path, work,
                                     WRITTEN_DTYPES[dtype])
             _write_dtype(work / "config.json", writer.dtype)
             _verify_hf(work, writer.write(work, shard_bytes), shape)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS
+from megatron_embed.config.vector_format import JointFormat
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.dense_settings import DenseSettings
+from megatron_embed.models.dense_settings import DenseSettings, joint_projection
+from megatron_embed.models.joint_files import find_joint_heads, write_joint_heads
+from megatron_embed.models.saved_settings import read_saved_settings
 
 WEIGHTS_FILE = "model.safetensors"
 STORED_NAMES: Mapping[str, str] = {"weight": "linear.weight", "bias": "linear.bias"}
@@ -127,6 +130,22 @@ def write_trained_dense(reader: DcpReader, dense: Sequence[DenseSettings], path:
     for settings, tensors in zip(dense, trained_dense(reader, dense, path), strict=False):
         write_dense(directory / settings.path,
                     {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def write_trained_heads(reader: DcpReader, hf: Path, path: Path, directory: Path,
+                        dtype: torch.dtype | None = None) -> None:
+    """Write the Dense modules, or a joint model's heads, that a checkpoint trained; see `write_trained_dense`.
+
+    `hf`: the checkpoint's.
+    """
+    dense, heads = read_saved_settings(hf).dense, find_joint_heads(hf)
+    if dense or heads is None:
+        write_trained_dense(reader, dense, path, directory, dtype)
+        return
+    joint = JointFormat(hidden_size=reader.shape(f"{DENSE_KEYS}0.weight")[1], token_dim=heads.dim)
+    (tensors,) = trained_dense(reader, (joint_projection(joint),), path)
+    write_joint_heads(directory, {name: tensor if dtype is None else tensor.to(dtype)
+                                  for name, tensor in tensors.items()})
 
 
 def take_dense(directory: Path, dense: Sequence[DenseSettings]) -> list[dict[str, Tensor]]:

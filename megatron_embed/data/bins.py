@@ -74,4 +74,5 @@ def merge(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
         position_ids=torch.cat([micro.position_ids[:size] for micro, size in zip(counted, sizes, strict=True)]),
         cu_seqlens=torch.cat([counted[0].cu_seqlens[:1], *bounds]), rows=torch.cat([micro.rows for micro in counted]),
         token_types=joined(micro.token_types for micro in counted),
-        vectors=joined(micro.vectors for micro in counted), key_lengths=torch.cat(keys) if keys else None)
+        vectors=joined(micro.vectors for micro in counted), key_lengths=torch.cat(keys) if keys else None,
+        joint=counted[0].joint)

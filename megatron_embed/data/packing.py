@@ -96,6 +96,7 @@ def pack(token_ids: Sequence[list[int]], rows: Sequence[int], *, tokens: int | N
         token_types=types,
         vectors=None if vectors is None else vectors.of_tokens(rows, size),
         key_lengths=None if vectors is None else vectors.key_lengths(rows),
+        joint=None if vectors is None else vectors.joint,
     )
 
 
@@ -148,6 +149,7 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
         micro_batches=pack_bins(bins, token_ids, packing, tokenizer.pad_token_id, tokens=packing.micro_batch_tokens,
                                 vectors=vectors),
         vector_counts=None if vectors is None else vectors.counts,
+        dense_rows=0 if vectors is None else vectors.dense_rows,
         num_queries=len(records), num_documents=len(texts), positive_index=torch.from_numpy(first),
         is_positive=torch.tensor([index < len(record.positive[: documents.positives])
                                   for record, size in zip(records, sizes, strict=True) for index in range(size)]),
@@ -161,8 +163,7 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
         positive_ids=_text_ids(chain.from_iterable(positives)),
         document_ids=_text_ids(texts),
         num_truncated=query_tokens.num_truncated + document_tokens.num_truncated,
-        capacity=_capacity(len(records), documents),
-        micro_capacity=_capacity(most_queries, documents),
+        capacity=_capacity(len(records), documents), micro_capacity=_capacity(most_queries, documents),
     )
 
 
@@ -326,7 +327,7 @@ def _part(micro: MicroBatch, positions: list[int]) -> MicroBatch:
         return part
     vectors = torch.cat([micro.vectors[span] for span in spans])
     return replace(part, vectors=torch.nn.functional.pad(vectors, (0, micro.token_ids.numel() - len(vectors)),
-                                                         value=-1),
+                                                         value=-1), joint=micro.joint,
                    key_lengths=None if micro.key_lengths is None else micro.key_lengths[positions])
 
 

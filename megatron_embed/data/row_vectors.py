@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_embed.batch import JointOutputs
 from megatron_embed.data.tokenized import TokenizedRows
 
 
@@ -15,15 +16,19 @@ class RowVectors:
     """Which token of which row gives which vector.
 
     Attributes:
-        counts: [rows] int64, vectors of each row.
+        counts: [rows] int64, vectors of each row, those of a joint model's texts included.
+        joint: see TokenizedRows.
     """
 
-    def __init__(self, kept: Sequence[Sequence[bool]], key_lengths: Sequence[int] | None) -> None:
+    def __init__(self, kept: Sequence[Sequence[bool]], key_lengths: Sequence[int] | None,
+                 joint: JointOutputs | None = None) -> None:
         """See TokenizedRows."""
         masks = [np.array(row, dtype=bool) for row in kept]
-        counts = np.array([mask.sum() for mask in masks], dtype=np.int64)
+        self.joint = joint
+        counts = np.array([mask.sum() + self.dense_rows for mask in masks], dtype=np.int64)
         self.counts = torch.from_numpy(counts)
-        self._masks, self._starts, self._key_lengths = masks, np.cumsum(counts) - counts, key_lengths
+        self._masks, self._key_lengths = masks, key_lengths
+        self._starts = np.cumsum(counts) - counts + self.dense_rows
 
     @classmethod
     def of(cls, *parts: TokenizedRows) -> Self | None:
@@ -35,7 +40,12 @@ class RowVectors:
         if any(part.key_lengths is not None for part in parts):
             lengths = list(chain.from_iterable(part.key_lengths or [len(ids) for ids in part.token_ids]
                                                for part in parts))
-        return cls(list(chain.from_iterable(kept)), lengths)
+        return cls(list(chain.from_iterable(kept)), lengths, next((part.joint for part in parts if part.joint), None))
+
+    @property
+    def dense_rows(self) -> int:
+        """Rows of a joint model's text before those of its tokens; 0 of another model."""
+        return 0 if self.joint is None else self.joint.dense_rows
 
     def of_tokens(self, rows: Sequence[int], tokens: int) -> Tensor:
         """[tokens] int64, the vector of each token of a micro-batch of these rows, -1 for none and in the padding."""

@@ -5,7 +5,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from megatron_embed.config.vector_format import VectorFormat
+from megatron_embed.batch import JointOutputs
+from megatron_embed.config.vector_format import JointFormat, VectorFormat
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.tokenized import TokenizedRows
 from megatron_embed.errors import CheckpointError
@@ -26,6 +27,27 @@ def keep_prompts_whole(tokenizer: Any, prompts: Iterable[str]) -> bool:
     if split:
         tokenizer.add_tokens(split, special_tokens=True)
     return bool(split)
+
+
+class JointTokens:
+    """Which tokens of a text give what in a joint model: as in BGE-M3 all but the first give a vector and, unless they
+    are special ones, a weight."""
+
+    def __init__(self, tokenizer: Any, settings: JointFormat, model_dir: str) -> None:
+        """Raises CheckpointError: texts do not begin with a special token of the tokenizer's."""
+        special = (tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id,
+                   tokenizer.pad_token_id, tokenizer.unk_token_id)
+        first = tokenizer("a")["input_ids"][:1]
+        if not first or first[0] not in special[:2]:
+            raise CheckpointError(f"{model_dir}: its tokenizer puts no CLS or BOS token before a text, whose place the "
+                                  "text's own vector takes in a joint model; take another model")
+        self._outputs = JointOutputs(dense_rows=settings.dense_rows, unweighted=frozenset(special) - {None})
+
+    def of(self, rows: Sequence[list[int]], num_truncated: int) -> TokenizedRows:
+        """The texts with what they give; a text of no token but the first has no tokens."""
+        kept = [[index > 0 for index in range(len(ids))] for ids in rows]
+        return TokenizedRows(token_ids=[ids if len(ids) > 1 else [] for ids in rows], num_truncated=num_truncated,
+                             kept=kept, joint=self._outputs)
 
 
 class TokenVectors:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_embed.batch import JointOutputs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedRows:
@@ -13,5 +15,7 @@ class TokenizedRows:
     """Texts that were truncated to the maximum length."""
     kept: list[list[bool]] | None = None
     """Whether each token of each text gives a vector, in a multi-vector model; None: a text gives one vector."""
+    joint: JointOutputs | None = None
+    """Rows that each text of a joint model gives besides; None: there are none."""
     key_lengths: list[int] | None = None
     """Per text, its first tokens that attention sees; None: all of every text."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_embed.config.vector_format import VectorFormat
+from megatron_embed.config.vector_format import JointFormat, VectorFormat
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.load_tokenizer import add_lowercase, load_tokenizer
 from megatron_embed.data.token_cache import Prompted, TokenCache, TokenizedText, tokenizer_digest
-from megatron_embed.data.token_vectors import TokenVectors, keep_prompts_whole
+from megatron_embed.data.token_vectors import JointTokens, TokenVectors, keep_prompts_whole
 from megatron_embed.data.tokenized import TokenizedRows
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.names import MessageFormat, Role, TruncationSide
@@ -36,6 +36,8 @@ class TextFormat:
     """Whether that template gets the text's role, as `task`."""
     vectors: VectorFormat | None = None
     """The tokens of a multi-vector model that give vectors, and how queries are expanded; None: a text gives one."""
+    joint: JointFormat | None = None
+    """The rows that a joint model gives for a text; None: it is none."""
     raises_query_length: bool = True
     """Whether a longest query below the expansion's length is raised to it; else it is cut first."""
     pools_prompts: bool = True
@@ -71,6 +73,7 @@ class RoleTokenizer:
     Attributes:
         pad_token_id: an id that may fill padding: the tokenizer's pad, else its EOS, else 0.
         eos_token_id: the tokenizer's, None if it has none.
+        joint: the rows of a text, of a joint model; None: another one.
         notices: what was logged of its texts, for a run to say it once.
 
     Raises:
@@ -110,6 +113,8 @@ class RoleTokenizer:
             self._token_vectors = TokenVectors(self._tokenizer, text_format.vectors, model_dir)
             self._max_lengths["query"] = self._token_vectors.cut_length(
                 query_max_length, raised=text_format.raises_query_length)
+        self.joint = text_format.joint
+        self._joint = None if text_format.joint is None else JointTokens(self._tokenizer, text_format.joint, model_dir)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         pad = next((i for i in (self._tokenizer.pad_token_id, self.eos_token_id)
                     if i is not None and 0 <= i < (self._vocab_size or i + 1)), 0)
@@ -185,6 +190,8 @@ class RoleTokenizer:
         token_ids, num_truncated = [row.ids for row in rows], sum(row.truncated for row in rows)
         if self._token_vectors is not None:
             return self._token_vectors.of(token_ids, role, num_truncated)
+        if self._joint is not None:
+            return self._joint.of(token_ids, num_truncated)
         return TokenizedRows(token_ids=token_ids, num_truncated=num_truncated)
 
     @property

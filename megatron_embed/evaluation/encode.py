@@ -16,7 +16,7 @@ from megatron_embed.evaluation.finite import require_finite
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, to_device
 from megatron_embed.models.passes import embed, evaluation_mode, unwrapped
 from megatron_embed.models.vocabulary_shape import padded_vocabulary
-from megatron_embed.names import ModelPooling, Role
+from megatron_embed.names import JOINT_POOLINGS, ModelPooling, Role
 from megatron_embed.parallel.collectives import (
     gather_padded,
     largest,
@@ -60,6 +60,12 @@ class ModelRunner:
         self.width = padded_vocabulary(dim, topology.tp_size) // topology.tp_size if pooling == "splade" else dim
         self.packing = PackingSpec(micro_batch_tokens=MICRO_BATCH_TOKENS, alignment=token_alignment(topology.sizes),
                                    uniform_size=topology.pp_size > 1)
+
+    @property
+    def gives_several(self) -> bool:
+        """Whether a text gives more than one vector that fits into a matrix of all texts: those of its tokens, or a
+        weight for every token of the vocabulary."""
+        return self.pooling in ("tokens", "splade", *JOINT_POOLINGS.values())
 
     def run(self, items: Sequence[Item], pack: Pack[Item], bar: "tqdm[Any]") -> Tensor:
         """Model outputs for the items, [items, dim] float32 on the CPU of every rank, in order.
@@ -127,7 +133,7 @@ class ModelRunner:
         num_items = len(items[self.topology.dp_rank :: self.topology.dp_size])
         micro_batches = self._pack_block(items, pack, first)
         counts = torch.ones(num_items, dtype=torch.int64)
-        if self.pooling == "tokens":
+        if self.pooling != "splade" and self.gives_several:
             counts = vector_counts(micro_batches)[:num_items]
         with evaluation_mode(self.chunks):
             vectors = self._run_share(micro_batches, int(counts.sum()))
@@ -179,13 +185,13 @@ class ModelRunner:
 
 
 def vector_counts(micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """[rows] int64, vectors of each row of a multi-vector model."""
+    """[rows] int64, vectors of each row of a multi-vector model; rows of each text of a joint model."""
     rows, counts = [], []
     for micro in micro_batches:
         assert micro.vectors is not None
         kept = torch.nn.functional.pad((micro.vectors >= 0).cumsum(0), (1, 0))
         rows.append(micro.rows)
-        counts.append(kept[micro.cu_seqlens.long()].diff())
+        counts.append(kept[micro.cu_seqlens.long()].diff() + (micro.joint.dense_rows if micro.joint else 0))
     return torch.cat(counts)[torch.cat(rows).argsort()]
 
 
@@ -215,7 +221,7 @@ class TextEncoder(ModelRunner):
             EmptyTextError: for a text without tokens, on every rank alike.
             UserError: an embedding that is not finite, on every rank alike.
         """
-        assert self.pooling not in ("tokens", "splade"), "see `blocks`, or sparse_vectors.py"
+        assert not self.gives_several, "see `blocks`, or sparse_vectors.py"
 
         def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
             return self._pack_share(list(part), role, instruction)

@@ -4,6 +4,8 @@ Every query meets every document on the rank that embedded it, and only the best
 documents, about a hundred each, never leave their rank.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -87,6 +89,10 @@ class BlockPairs:
         self._order = document_of.argsort(stable=True)
         self._sorted = document_of[self._order]
         self._scores = torch.zeros(len(query_of))
+
+    def add(self, documents: Any, indices: Tensor) -> None:
+        """Score the pairs of further documents; `indices`: [documents] int64."""
+        raise NotImplementedError
 
     def pairs_with(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """([pairs] int64 positions of their documents among `indices`, int64 the pairs)."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from megatron_embed.batch import TextVectors
 from megatron_embed.evaluation.encode import VECTOR_TEXTS_AT_ONCE, TextEncoder
+from megatron_embed.losses.joint import JointTexts, TokenWeights
 from megatron_embed.names import Role
 from megatron_embed.parallel.collectives import gather_padded, largest, send_from_last
 
@@ -54,9 +55,20 @@ def sparse_blocks(encoder: TextEncoder, texts: Sequence[str], role: Role, *, ins
 
 def sparse_vectors(encoder: TextEncoder, texts: Sequence[str], role: Role, *, instruction: str | None = None,
                    show_progress: bool = False) -> csr_array:
-    """The vectors of a few texts, on the CPU of every rank; see `sparse_blocks`."""
-    blocks = list(sparse_blocks(encoder, texts, role, instruction=instruction, show_progress=show_progress))
-    return scipy.sparse.vstack(blocks, format="csr") if blocks else csr_array((0, encoder.dim), dtype=np.float32)
+    """The vectors of a few texts, on the CPU of every rank; see `sparse_blocks`. Of a joint model the weights of the
+    tokens that a text contains."""
+    if encoder.tokenizer.joint is not None:
+        dim, rows = encoder.shape.vocab_size, encoder.tokenizer.joint.dense_rows
+        blocks = [_joint_matrix(JointTexts(block, rows).weights, dim) for block in encoder.blocks(
+            texts, role, instruction=instruction, show_progress=show_progress)]
+    else:
+        dim = encoder.dim
+        blocks = list(sparse_blocks(encoder, texts, role, instruction=instruction, show_progress=show_progress))
+    return scipy.sparse.vstack(blocks, format="csr") if blocks else csr_array((0, dim), dtype=np.float32)
+
+
+def _joint_matrix(own: TokenWeights, dim: int) -> csr_array:
+    return _matrix((torch.stack([own.texts, own.ids], dim=1), own.weights), (own.num_texts, dim))
 
 
 def write_matrix(file: BinaryIO, matrix: csr_array) -> None:

@@ -36,6 +36,9 @@ class EvaluationSuite:
     precisions: tuple[SearchPrecision, ...] = ()
     """Precisions at which retrieval is measured too, at every width, as `binary/name` and `dim_WIDTH/binary/name`."""
 
+    scores: tuple[str, ...] = ()
+    """Scores of a joint model by which retrieval is measured too, as `sparse/name`."""
+
     def __bool__(self) -> bool:
         """Whether there is anything to evaluate."""
         return bool(self.retrieval or self.sts or self.reranking)
@@ -45,6 +48,7 @@ class EvaluationSuite:
         names: list[str] = []
         widths = ("", *(f"dim_{width}/" for width in self.dims))
         stored = [prefix for prefix, *_ in precision_prefixes(self.dims, self.precisions)]
+        stored += [f"{score}/" for score in self.scores]
         kinds: tuple[tuple[str, Sequence[BeirData | StsData | RerankData], Sequence[str], Sequence[str]], ...] = (
             ("", self.retrieval, (*widths, *stored), RETRIEVAL_METRICS), ("", self.sts, widths, STS_METRICS),
             ("rerank/", self.reranking, ("",), RERANK_METRICS))

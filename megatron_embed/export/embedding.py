@@ -26,11 +26,13 @@ from megatron_embed.evaluation.stored_vectors import Ranges, ranges_text
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import WantedExport, export, export_on_rank_0
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
+from megatron_embed.export.verify_joint import JointProbe, compare_joint_heads
 from megatron_embed.export.verify_multi_vector import compare_with_multi_vector_encoder
 from megatron_embed.export.verify_sparse import compare_with_sparse_encoder
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.dense_settings import DenseSettings
-from megatron_embed.models.families import ModelShape
+from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.joint_files import JointHeads, remove_joint_heads, write_settings_file
 from megatron_embed.models.saved_settings import default_pooling
 from megatron_embed.names import RANGES_FILE, Role
 from megatron_embed.platform.bf16_support import processor_has_bf16
@@ -129,9 +131,13 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
         query_prompt=fill_template(config.data.prompt("query"), config.embedding.instruction),
         document_prompt=config.data.prompt("document"), max_seq_length=max(lengths.values()),
         embedding_dimension=model.shape.hidden_size, saved=dataclasses.replace(
-            saved, truncation_side="right", dense=_without_folders(model.dense(config.embedding)),
+            saved, truncation_side="right",
+            dense=() if model.joint is not None else _without_folders(model.dense(config.embedding)),
             similarity=saved.similarity if unit_length else "dot",
             role_lengths=dict(lengths) if saved.role_lengths or saved.vectors is not None else {}))
+    remove_joint_heads(hf)  # the trained ones, if there are any, are among the checkpoint's tensors
+    if model.joint is not None:
+        write_settings_file(hf, JointHeads(dim=model.joint.token_dim, score_weights=model.joint.score_weights))
     facts: dict[str, object] = {}
     if config.model.bidirectional and not model.shape.bidirectional:
         facts["is_causal"] = False
@@ -162,6 +168,8 @@ class RoleProbe:
     """Texts at the border of the maximum length, and the ids of their tokens."""
     sparse: bool = False
     """The model is a sparse one."""
+    joint: JointProbe | None = None
+    """A joint model, whose `vectors` are the texts' own ones; None: another one."""
 
     @property
     def one_each(self) -> Tensor:
@@ -186,8 +194,11 @@ class RoleProbe:
             report = compare_with_sentence_transformers(
                 directory, self.texts, self.vectors, prompt_name=self.role, minimum_cosine=minimum_cosine,
                 expected=settings, cut=self.cut, dtype=dtype)
+        joint = "" if self.joint is None else "; " + str(compare_joint_heads(
+            directory, self.texts, self.joint, minimum_cosine=minimum_cosine,
+            bidirectional=stock_runs_causally(model_shape(directory))))
         lengths = sorted({len(ids) for _, ids in self.cut})
-        return f"{report}; the same tokens of {len(self.cut)} texts at the maximum length, {lengths[-1]} tokens"
+        return f"{report}{joint}; the same tokens of {len(self.cut)} texts at the maximum length, {lengths[-1]} tokens"
 
 
 def export_probes(encoder: TextEncoder, texts: Sequence[str], longest: int) -> list[RoleProbe]:
@@ -203,9 +214,18 @@ def export_probes(encoder: TextEncoder, texts: Sequence[str], longest: int) -> l
                                    encoder.tokenizer.max_length(role) if several else longest).texts)
         whole = [*texts, *(border if encoder.tokenizer.max_length(role) <= LONGEST_COMPUTED else [])]
         ids = encoder.tokenizer.tokenize(border, role).token_ids
-        probes.append(RoleProbe(role=role, texts=whole, vectors=_vectors_of_probes(encoder, whole, role),
+        joint = _joint_probe(encoder, whole, role)
+        vectors = _vectors_of_probes(encoder, whole, role) if joint is None else joint.dense
+        probes.append(RoleProbe(role=role, texts=whole, vectors=vectors, joint=joint,
                                 cut=list(zip(border, ids, strict=True)), sparse=encoder.pooling == "splade"))
     return probes
+
+
+def _joint_probe(encoder: TextEncoder, texts: list[str], role: Role) -> JointProbe | None:
+    """What a joint model gives for a few texts; None of another model."""
+    joint = encoder.tokenizer.joint
+    return None if joint is None else JointProbe(ids=encoder.tokenizer.tokenize(texts, role).token_ids, format=joint,
+                                                 rows=encoder.vectors(texts, role))
 
 
 def _vectors_of_probes(encoder: TextEncoder, texts: list[str], role: Role) -> Tensor | TextVectors:

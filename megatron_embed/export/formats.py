@@ -22,6 +22,7 @@ from megatron_embed.export.sentence_transformers import export_sentence_transfor
 from megatron_embed.export.verified_write import ExportOptions, export, why_not_compared
 from megatron_embed.export.verify import ExpectedSettings, compare_with_transformers
 from megatron_embed.models.families import model_shape
+from megatron_embed.models.joint_files import find_joint_heads
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
 from megatron_embed.names import ROLES, ExportFormat
 
@@ -266,10 +267,12 @@ def _compare_sentence_transformers(source: str, expected: ExpectedSettings, addi
     from megatron_embed.export.embedding import PROBE_TEXTS, export_probes
     from megatron_embed.loading.model_directory import open_encoder
 
-    several = read_saved_settings(open_checkpoint(source).hf).vectors is not None  # they have a length for each role
+    hf = open_checkpoint(source).hf
+    several = read_saved_settings(hf).vectors is not None  # they have a length for each role
     arguments = argparse.Namespace(model=source, dtype=None, pooling=None, no_normalize=False, overrides=[],
                                    max_length=None if several else expected.max_seq_length)
-    encoder, model, _ = open_encoder(arguments, prompts=True, multi_vector=True)
+    encoder, model, _ = open_encoder(arguments, prompts=True,
+                                     multi_vector=True if find_joint_heads(hf) is None else "joint")
     probes = export_probes(encoder, PROBE_TEXTS, expected.max_seq_length)
     del encoder  # its memory goes before the stock library takes as much
     minimum_cosine = _minimum_cosine(model.saved.dtype, directory)

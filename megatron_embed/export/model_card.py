@@ -16,6 +16,7 @@ from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, ope
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.dense_settings import embedding_width
 from megatron_embed.models.families import model_shape
+from megatron_embed.models.joint_files import VECTORS_FILE, WEIGHTS_FILE
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
 from megatron_embed.names import RANGES_FILE, ExportFormat, ModelPooling
 
@@ -232,6 +233,12 @@ def _what(config: RunConfig, dim: int | None) -> str:
     if config.embedding.head == "multi_vector":
         return (f"A multi-vector embedding model: texts to a vector of {dim} numbers for every token, compared by "
                 f"MaxSim; {by}")
+    if config.embedding.head == "joint":
+        dense, sparse, several = config.objective.score_weights
+        return (f"A joint embedding model, as BGE-M3: texts to a unit vector and, for each token, a weight and a unit "
+                f"vector; trained for the sum of {dense:g} * dense + {sparse:g} * sparse + {several:g} * multi-vector "
+                f"scores; {by} `{VECTORS_FILE}` and `{WEIGHTS_FILE}` give tokens their vectors and weights, as "
+                "FlagEmbedding's BGEM3FlagModel reads them; Sentence Transformers gives the texts' own vectors.")
     if config.embedding.head == "sparse":
         return (f"A sparse embedding model (SPLADE): texts to a weight for each of {dim} tokens of the vocabulary, "
                 f"most of them 0, compared by dot product; {by}")

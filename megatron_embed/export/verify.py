@@ -137,7 +137,7 @@ def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], te
         CheckpointError: the library cannot load the directory or misses one of its tensors, or a cosine is lower.
     """
     with library_errors(directory, "Transformers"):
-        model = _load_model(directory)
+        model = load_transformers(directory)
         vectors = torch.stack([mean_of_tokens(model, ids, bidirectional) for ids in rows])
     return compare_vectors(directory, stock_library(directory, "Transformers"), texts, vectors, our_vectors,
                            minimum_cosine)
@@ -194,7 +194,7 @@ def relative_errors(directory: Path, library: str, theirs: Tensor, ours: Tensor)
     return torch.nan_to_num((theirs - ours).abs() / ours.abs().clamp(min=1), nan=torch.inf)
 
 
-def _load_model(directory: Path) -> Any:
+def load_transformers(directory: Path) -> Any:
     """The export in Transformers, in its own dtype; every tensor of the backbone must have come from its files."""
     from transformers import (
         AutoModel,
@@ -225,13 +225,18 @@ def _load_model(directory: Path) -> Any:
 
 def mean_of_tokens(model: Any, ids: Sequence[int], bidirectional: bool) -> Tensor:
     """[hidden_size] float32: the mean over the tokens of one text, computed alone."""
+    return token_states(model, ids, bidirectional).mean(0)
+
+
+def token_states(model: Any, ids: Sequence[int], bidirectional: bool) -> Tensor:
+    """[tokens, hidden_size] float32 of one text, computed alone."""
     mask = torch.ones(1, len(ids), dtype=torch.int64)
     if bidirectional:
         # A mask of four dimensions is taken as it is, zero where a token may look: no option turns off causality.
         mask = torch.zeros(1, 1, len(ids), len(ids), dtype=model.dtype)
     with torch.inference_mode():
         hidden = model.base_model(input_ids=torch.tensor([list(ids)]), attention_mask=mask).last_hidden_state
-    return torch.as_tensor(hidden[0].float().mean(0))
+    return torch.as_tensor(hidden[0].float())
 
 
 def score_of_pair(model: Any, ids: Sequence[int], token_types: Sequence[int] | None,

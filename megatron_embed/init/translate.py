@@ -100,6 +100,21 @@ def _translate_embedding(draft: Draft) -> None:
         draft.set("embedding.matryoshka_dims", sorted(map(int, dims.value), reverse=True), dims.written)
     if (bidirectional := draft.flag("bidirectional")) is not None:
         draft.set("model.bidirectional", bidirectional[0], bidirectional[1])
+    _translate_joint_heads(draft)
+
+
+def _translate_joint_heads(draft: Draft) -> None:
+    """FlagEmbedding's BGE-M3, whose trainer gives the sparse and multi-vector heads one device's negatives."""
+    unified, distills = draft.flag("unified_finetuning"), draft.flag("use_self_distill")
+    dim = draft.whole("colbert_dim", "embedding.embedding_dim")
+    if unified is None or not unified[0]:
+        return
+    draft.set("embedding.head", "joint", f"{unified[1]}: negatives of each score are those of the global batch here")
+    if distills is None or not distills[0]:
+        comment = f"not given: the default of {draft.trainer}" if distills is None else distills[1]
+        draft.set("objective.self_distillation", False, comment)
+    if dim is not None and dim[0] > 0:
+        draft.set("embedding.embedding_dim", *dim)
 
 
 def _translate_lora(draft: Draft) -> None:

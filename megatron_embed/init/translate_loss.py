@@ -43,6 +43,9 @@ def _loss_of(draft: Draft) -> tuple[str, str]:
     given = draft.settings.take("loss_type")
     distilled = draft.flag("knowledge_distillation")
     kind = draft.settings.take("kd_loss_type")
+    if distilled is not None and distilled[0] and draft.value("embedding.head") == "joint":
+        draft.remark(f"{distilled[1]}: joint heads learn from their own sum here, and not from a teacher")
+        return "info_nce", distilled[1]
     if distilled is not None and distilled[0]:
         draft.set("objective.teacher_temperature" if not draft.is_reranker else "reranker.temperature", 1.0,
                   "a teacher's scores are not divided there")

@@ -9,9 +9,11 @@ import torch
 from megatron_embed.checkpoint.load import keys_of
 from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS
 from megatron_embed.convert.dense_tensors import open_dense, read_dense
+from megatron_embed.errors import CheckpointError
 from megatron_embed.models.dense import initialize_dense
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.encoder import EmbeddingModel
+from megatron_embed.models.joint_files import VECTORS_FILE, read_joint_heads
 
 if TYPE_CHECKING:
     from megatron_embed.loading.model_directory import ModelDirectory
@@ -28,6 +30,9 @@ def holds_dense_weights(model: "ModelDirectory", dense: Sequence[DenseSettings])
 def load_dense_weights(model: "ModelDirectory", chunks: Sequence[EmbeddingModel], seed: int,
                        dense: Sequence[DenseSettings]) -> None:
     """Dense modules of the model's directory, or those that a run adds, which the log names."""
+    if model.joint is not None:
+        _load_joint_heads(model, chunks, seed)
+        return
     if model.saved.dense:
         for settings in dense:  # on every rank, so that what does not fit is refused by all
             open_dense(model.dense_directory, settings).close()
@@ -43,5 +48,27 @@ def load_dense_weights(model: "ModelDirectory", chunks: Sequence[EmbeddingModel]
     with torch.no_grad():
         for layer in modules.layers():
             tensors = read_dense(model.dense_directory, layer.settings)
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(layer.own_rows(tensors[name]))
+
+
+def _load_joint_heads(model: "ModelDirectory", chunks: Sequence[EmbeddingModel], seed: int) -> None:
+    """The heads of a joint model's directory, or new ones."""
+    assert model.joint is not None
+    tensors = read_joint_heads(model.hf)
+    if tensors is None:
+        logger.info("%s has no heads of a joint model: the run adds new ones, a weight and a vector of %d numbers for "
+                    "every token", model.path, model.joint.token_dim)
+    elif tensors["weight"].shape[1] != model.joint.hidden_size:
+        raise CheckpointError(f"{model.hf / VECTORS_FILE}: takes {tensors['weight'].shape[1]} numbers, and the model's "
+                              f"states have {model.joint.hidden_size}; take the file that belongs to the model")
+    modules = chunks[-1].dense
+    if modules is None:
+        return
+    if tensors is None:
+        initialize_dense(modules, seed)
+        return
+    with torch.no_grad():
+        for layer in modules.layers():
             for name, parameter in layer.named_parameters():
                 parameter.copy_(layer.own_rows(tensors[name]))

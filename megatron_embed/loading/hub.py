@@ -5,6 +5,9 @@ from pathlib import Path
 
 from megatron_embed.errors import CheckpointError
 
+NOT_FETCHED = ("*.bin", "*.h5", "*.msgpack", "*.onnx", "*[!r].pt", "*[!a]r.pt")
+"""Files of weights that are not read. Of *.pt two are, a joint model's, whose names end in linear.pt."""
+
 
 def local_directory(path: str) -> Path:
     """The directory itself, or a hub model's files in the local cache, fetched if need be. Raises CheckpointError."""
@@ -17,8 +20,7 @@ def local_directory(path: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(
-            path, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt"]))
+        return Path(huggingface_hub.snapshot_download(path, ignore_patterns=list(NOT_FETCHED)))
     except Exception as error:
         # The hub client raises its own, requests' and OS errors alike; to the user all mean: not here and not fetched.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -9,14 +9,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal
 
 import torch
 
 from megatron_embed.checkpoint.load import load_model
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
-from megatron_embed.config.vector_format import format_of_run, with_format
+from megatron_embed.config.vector_format import JointFormat, format_of_run, with_format
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.lora_names import parts_by_linear, resolve_modules
@@ -30,11 +30,12 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.loading.dense_weights import holds_dense_weights, load_dense_weights
 from megatron_embed.loading.hub import local_directory
+from megatron_embed.loading.joint_heads import as_joint_model, joint_pooling, with_joint_heads
 from megatron_embed.loading.quantized import load_quantized_weights, quantized_as
 from megatron_embed.loading.vocabulary_head import check_sparse, holds_vocabulary_head, load_vocabulary_head
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
-from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
+from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width, joint_projection
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
@@ -45,7 +46,7 @@ from megatron_embed.models.quantization import QuantizedBase, StoredQuantization
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.models.vocabulary_shape import padded_vocabulary
-from megatron_embed.names import ModelPooling, Pooling, Role
+from megatron_embed.names import ModelPooling, Pooling, Role, pools_last_token
 from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
@@ -86,6 +87,8 @@ class ModelDirectory:
     """The base model's Hugging Face directory then, from which the weights come."""
     new_vectors: bool = False
     """A run makes a multi-vector model of it, which it is not by its files."""
+    joint: JointFormat | None = None
+    """The rows that it gives as a joint model; None: it is used as another one."""
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -99,7 +102,7 @@ class ModelDirectory:
         return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
                           chat_content=None if chat is None else chat.content,
                           chat_variables={} if chat is None else chat.variables, vectors=saved.vectors,
-                          pools_prompts=saved.pools_prompts)
+                          joint=self.joint, pools_prompts=saved.pools_prompts)
 
     @property
     def read_from(self) -> tuple[Path, ...]:
@@ -114,6 +117,8 @@ class ModelDirectory:
 
     def dense(self, config: EmbeddingConfig) -> tuple[DenseSettings, ...]:
         """Its Dense modules, or the new one of a run. Raises ConfigError, see `dense_of_run`."""
+        if self.joint is not None:
+            return (joint_projection(self.joint),)
         return dense_of_run(config, self.saved.dense, self.shape, self.pooling(config.pooling),
                             new_vectors=self.new_vectors)
 
@@ -131,8 +136,13 @@ class ModelDirectory:
         raise ConfigError(f"{key} {self.path}: a {kind}, and {what} one vector for each text; give a model with a "
                           f"pooling, or use encode, evaluate, mine or Sentence Transformers' {stock}", key=key)
 
-    def of_run(self, config: EmbeddingConfig) -> Self:
-        """The model with the head that a run gives it, whose settings are complete; see `with_format`."""
+    def of_run(self, config: EmbeddingConfig, score_weights: tuple[float, ...] | None = None) -> "ModelDirectory":
+        """The model with the head that a run gives it, whose settings are complete; see `with_format`.
+
+        `score_weights`: of a joint model; None: its own.
+        """
+        if config.head == "joint":
+            return with_joint_heads(self, config, score_weights)
         vectors = format_of_run(config, self.saved.vectors)
         return dataclasses.replace(
             self, new_vectors=self.new_vectors or (vectors is not None and self.saved.vectors is None),
@@ -140,10 +150,11 @@ class ModelDirectory:
 
     def pooling(self, wanted: Pooling | None) -> ModelPooling:
         """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder; `tokens` of a
-        multi-vector model, `splade` of a sparse one."""
+        multi-vector model, `splade` of a sparse one, one of JOINT_POOLINGS of a joint one."""
         if self.saved.sparse or self.saved.vectors is not None:
             return "splade" if self.saved.sparse else "tokens"
-        return wanted or self.saved.pooling or default_pooling(self.shape)
+        own = wanted or self.saved.pooling or default_pooling(self.shape)
+        return own if self.joint is None else joint_pooling(own)
 
 
 def find_model(path: str, key: str = "model.path") -> ModelDirectory:
@@ -333,7 +344,7 @@ def open_role_tokenizer(model: ModelDirectory, *, pooling: ModelPooling, max_len
     text_format = dataclasses.replace(
         model.text_format, tell_role=prompts, raises_query_length=max_length is None and bool(model.max_lengths))
     return RoleTokenizer(
-        str(model.tokenizer_directory), add_eos=pooling == "lasttoken" and model.saved.adds_eos,
+        str(model.tokenizer_directory), add_eos=pools_last_token(pooling) and model.saved.adds_eos,
         text_format=text_format, query_prompt=texts.get("query", ""), document_prompt=texts.get("document", ""),
         query_max_length=lengths["query"], document_max_length=lengths["document"], length_keys=(key, key),
         vocab_size=model.shape.vocab_size)
@@ -341,7 +352,7 @@ def open_role_tokenizer(model: ModelDirectory, *, pooling: ModelPooling, max_len
 
 def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = True,
                  given_prompts: dict[Role, str] | None = None, start: Start = initialize, key: str = "--model",
-                 multi_vector: bool = False) -> tuple[TextEncoder, ModelDirectory, Topology]:
+                 multi_vector: bool | Literal["joint"] = False) -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
     Args:
@@ -353,9 +364,11 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
         given_prompts: in place of the directory's.
         start: makes the process groups.
         key: the option that names the directory, for messages.
-        multi_vector: whether a model may give a vector for every token.
+        multi_vector: whether a model may give a vector for every token; joint: with the joint heads of its directory.
     """
     model = find_model(args.model, key)
+    if multi_vector == "joint":
+        model = as_joint_model(model, key, normalize=not args.no_normalize)
     if not with_dense:
         saved = dataclasses.replace(model.saved, dense=(), vectors=None, sparse=False)
         model = dataclasses.replace(model, saved=saved)
@@ -368,8 +381,8 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
     config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
                                   *args.overrides])
     normalize = not (args.no_normalize or model.saved.normalize is False or model.saved.sparse)
-    embedding = with_format(EmbeddingConfig(pooling=args.pooling, normalize=normalize), model.saved.vectors,
-                            sparse=model.saved.sparse)
+    embedding = EmbeddingConfig(pooling=args.pooling, normalize=normalize, head="joint" if model.joint else None)
+    embedding = with_format(embedding, model.saved.vectors, sparse=model.saved.sparse)
     config = quantized_as(dataclasses.replace(config, embedding=embedding), model)
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)

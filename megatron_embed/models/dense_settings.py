@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_embed.config.schema import EmbeddingConfig
+from megatron_embed.config.vector_format import JointFormat
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.model_shape import ModelShape
-from megatron_embed.names import DenseActivation, ModelPooling
+from megatron_embed.names import JOINT_POOLINGS, DenseActivation, ModelPooling
 
 WIDE = 1024
 """Outputs from which on a Dense module is divided over the tensor-parallel ranks."""
@@ -49,12 +50,23 @@ class DenseSettings:
         return tp_size if self.out_features >= WIDE and self.out_features % tp_size == 0 else 1
 
 
+def is_joint(pooling: ModelPooling) -> bool:
+    """Whether it is a joint model's."""
+    return pooling in JOINT_POOLINGS.values()
+
+
+def joint_projection(joint: JointFormat) -> DenseSettings:
+    """The layer that gives the vectors of a joint model's tokens, and their weights in its last row."""
+    return DenseSettings(in_features=joint.hidden_size, out_features=joint.token_dim + 1, bias=True,
+                         activation="identity")
+
+
 def pooled_width(shape: ModelShape, pooling: ModelPooling) -> int:
     """Numbers of a pooled vector, or of a token's: one state of a token, or several in a row; of a sparse one, the
     vocabulary's."""
     if pooling == "splade":
         return shape.vocab_size
-    return shape.hidden_size * len(pooling.split("+"))
+    return shape.hidden_size * (1 if is_joint(pooling) else len(pooling.split("+")))
 
 
 def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: ModelShape,
@@ -72,6 +84,8 @@ def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: M
     if pooling == "splade":
         return ()
     width, wanted = pooled_width(shape, pooling), config.embedding_dim
+    if is_joint(pooling):
+        return (joint_projection(JointFormat(hidden_size=width, token_dim=wanted or width)),)
     if not own:
         if wanted is None and new_vectors:
             wanted = TOKEN_VECTOR_DIM
@@ -90,7 +104,9 @@ def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: M
 
 
 def embedding_width(dense: Sequence[DenseSettings], shape: ModelShape, pooling: ModelPooling) -> int:
-    """Numbers of a vector behind these Dense modules."""
+    """Numbers of a vector behind these Dense modules; of a joint model's row, whose tokens have an id besides."""
+    if is_joint(pooling):
+        return dense[-1].out_features + 1
     return dense[-1].out_features if dense else pooled_width(shape, pooling)
 
 

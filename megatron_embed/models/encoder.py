@@ -32,12 +32,13 @@ from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.disentangled import RelativeEmbeddings
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.heads import HeadSpec, RerankerHead
+from megatron_embed.models.joint_rows import joint_rows, weight_ids
 from megatron_embed.models.layer import fuse_activations
 from megatron_embed.models.layer_backend import layer_backend
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
-from megatron_embed.models.packed_bins import packed_sequences
-from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
+from megatron_embed.models.packed_bins import packed_sequences, text_positions
+from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan, text_plan
 from megatron_embed.models.relative_bias import RelativeBias
 from megatron_embed.models.rope import rotary_cos_sin, rotary_factors, rotary_frequencies
 from megatron_embed.models.segments import context_chunks
@@ -89,6 +90,10 @@ class DeviceMicroBatch:
     """Plan over the tokens that this rank holds after the last layer."""
     first_position: int
     """Position id of a text's first token."""
+    text_plan: PoolingPlan | None
+    """Plan of a joint model's vectors of whole texts, over the same tokens; None: another model."""
+    weight_ids: Tensor | None
+    """See joint_rows.py."""
     valid_rows: Tensor
     """[outputs] int64, where the model's outputs belong: local row ids, or indices of the rows' vectors; empty if the
     micro-batch repeats another one."""
@@ -161,8 +166,8 @@ class EmbeddingModel(LanguageModule):
 
     def forward(self, batch: DeviceMicroBatch) -> Tensor:
         """On the last stage the bin's embeddings, [sequences, dim] float32, [vectors, dim] of a multi-vector model,
-        [sequences, vocabulary/tp] of a sparse one, or a reranker's scores, [sequences, 1]; on other stages the token
-        states for the next one."""
+        [sequences, vocabulary/tp] of a sparse one, [rows, width] of a joint one, or a reranker's scores, [sequences,
+        1]; on other stages the token states for the next one."""
         hidden = self.token_states(batch)
         if not self.post_process:
             return hidden
@@ -172,6 +177,10 @@ class EmbeddingModel(LanguageModule):
         groups = [self.topology.groups.tp] if self.topology.sequence_parallel else []
         groups += [self.topology.groups.cp] if self.topology.cp_size > 1 else []
         rows = pool(hidden.squeeze(1), batch.plan, tuple(groups))
+        if batch.text_plan is not None:
+            assert self.dense is not None and batch.weight_ids is not None
+            texts = pool(hidden.squeeze(1), batch.text_plan, tuple(groups))
+            return joint_rows(texts, self.dense(rows), batch.weight_ids)
         if self.head is not None:
             return self.head(rows)
         rows = rows if self.dense is None else self.dense(rows)
@@ -365,6 +374,8 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: ModelPooling
     packed = packed_sequences(micro_batch, context_chunks(tokens, 0, 1) if by_heads else chunks, kernel, causal, shape)
     first_position = 0 if shape is None else shape.position_offset
     plan = local_plan(pooling_plan(micro_batch, pooling), chunks)
+    of_texts = text_plan(micro_batch, pooling)
+    of_texts = None if of_texts is None else local_plan(of_texts, chunks)
     padding = _select(torch.arange(tokens) >= micro_batch.num_tokens, chunks)
     if topology.sequence_parallel:
         share = padding.numel() // topology.tp_size
@@ -372,27 +383,15 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: ModelPooling
         padding = padding[slice(*share_bounds)]
         # A sparse model's tensor-parallel ranks divide the vocabulary, and have all tokens.
         plan = plan if pooling == "splade" else local_plan(plan, (share_bounds,))
+        of_texts = None if of_texts is None else local_plan(of_texts, (share_bounds,))
     types = micro_batch.token_types
     return copy_to_device(DeviceMicroBatch(
         token_types=None if types is None else _select(types, chunks)[None],
         token_ids=_select(micro_batch.token_ids, chunks)[None],
-        position_ids=_select(_positions(micro_batch, first_position), chunks)[None], num_tokens=tokens,
+        position_ids=_select(text_positions(micro_batch, first_position), chunks)[None], num_tokens=tokens,
         packed=packed, first_position=first_position, padding=padding[None], plan=plan, valid_rows=valid_rows,
+        text_plan=of_texts, weight_ids=weight_ids(micro_batch),
         num_rows=int(valid_rows.max()) + 1 if len(valid_rows) else 0), topology.device)
-
-
-def _positions(micro_batch: MicroBatch, first: int) -> Tensor:
-    """[tokens] int64: positions of a bin's tokens in their texts, counted from `first`.
-
-    In RoBERTa, padding tokens, which a text may contain literally, are not counted: they all have position `first - 1`,
-    as in Transformers.
-    """
-    if not first:
-        return micro_batch.position_ids
-    counted = (micro_batch.token_ids != first - 1).to(torch.int64)
-    running = counted.cumsum(0)
-    starts = torch.arange(counted.numel()) - micro_batch.position_ids
-    return (running - running[starts] + counted[starts]) * counted + first - 1
 
 
 def _select(tokens: Tensor, chunks: tuple[tuple[int, int], ...]) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.models.attention import PackedSequences
@@ -38,3 +39,17 @@ def _packed_for(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], ke
     if kernel == "flash":
         packed.calls = flash_calls(micro_batch.cu_seqlens, chunks, causal, window)
     return packed
+
+
+def text_positions(micro_batch: MicroBatch, first: int) -> Tensor:
+    """[tokens] int64: positions of a bin's tokens in their texts, counted from `first`.
+
+    In RoBERTa, padding tokens, which a text may contain literally, are not counted: they all have position `first - 1`,
+    as in Transformers.
+    """
+    if not first:
+        return micro_batch.position_ids
+    counted = (micro_batch.token_ids != first - 1).to(torch.int64)
+    running = counted.cumsum(0)
+    starts = torch.arange(counted.numel()) - micro_batch.position_ids
+    return (running - running[starts] + counted[starts]) * counted + first - 1

@@ -1,6 +1,6 @@
 """Pooling of token states: each rank pools the tokens it holds, so that only `[rows, hidden]` is communicated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.batch import MicroBatch
-from megatron_embed.names import ModelPooling
+from megatron_embed.names import JOINT_POOLINGS, ModelPooling
 from megatron_embed.platform.compat import tensor_parallel
 
 
@@ -35,7 +35,10 @@ class PoolingPlan:
 
 def pooling_plan(micro_batch: MicroBatch, pooling: ModelPooling) -> PoolingPlan:
     """Weights of `pooling` for one bin, on the CPU. Sentence Transformers' definitions; `weightedmean` is Muennighoff
-    2022 (SGPT, arXiv:2202.08904): weight position + 1; `tokens`: a row for every token that gives a vector."""
+    2022 (SGPT, arXiv:2202.08904): weight position + 1; `tokens`: a row for every token that gives a vector, also of a
+    joint model, see `text_plan`."""
+    if pooling in JOINT_POOLINGS.values():
+        pooling = "tokens"
     if pooling == "tokens":
         assert micro_batch.vectors is not None, "a multi-vector model needs a tokenizer that says which tokens count"
         tokens = (micro_batch.vectors >= 0).nonzero()[:, 0]
@@ -63,6 +66,12 @@ def pooling_plan(micro_batch: MicroBatch, pooling: ModelPooling) -> PoolingPlan:
         weights = weights / torch.zeros(count).index_add(0, sequences, weights)[sequences]
     return PoolingPlan(tokens=tokens, sequences=sequences, weights=weights, num_sequences=count,
                        one_token=pooling in ("lasttoken", "cls"))
+
+
+def text_plan(micro_batch: MicroBatch, pooling: ModelPooling) -> PoolingPlan | None:
+    """The plan of a joint model's vectors of whole texts; None of another model."""
+    own = next((own for own, joint in JOINT_POOLINGS.items() if joint == pooling), None)
+    return None if own is None else pooling_plan(replace(micro_batch, vectors=None, joint=None), own)
 
 
 def _cls_and_mean(starts: Tensor, lengths: Tensor) -> PoolingPlan:

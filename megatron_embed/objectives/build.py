@@ -6,12 +6,20 @@ import torch.distributed as dist
 
 from megatron_embed.config.objective import CONTRASTIVE, DISTILLED_VECTORS, LABELLED_PAIRS
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.objectives import contrastive, embedding_distillation, hard_negatives, labelled_pairs, sparse
+from megatron_embed.objectives import (
+    contrastive,
+    embedding_distillation,
+    hard_negatives,
+    joint,
+    labelled_pairs,
+    sparse,
+)
 from megatron_embed.objectives.base import Objective, configured_dims, matryoshka_names
 from megatron_embed.objectives.contrastive import Contrastive
 from megatron_embed.objectives.embedding_distillation import EmbeddingDistillation
 from megatron_embed.objectives.fixed_vectors import FixedVectors
 from megatron_embed.objectives.hard_negatives import HardNegatives
+from megatron_embed.objectives.joint import JointContrastive
 from megatron_embed.objectives.labelled_pairs import LabelledPairs
 from megatron_embed.objectives.multi_vector import MultiVectorContrastive, MultiVectorDistillation
 from megatron_embed.objectives.replica_split import ReplicaSplit
@@ -29,7 +37,8 @@ def metric_names(config: RunConfig) -> tuple[str, ...]:
         return embedding_distillation.NAMES
     if config.objective.loss not in CONTRASTIVE:
         return hard_negatives.NAMES + dims + regularizers
-    return contrastive.metric_names(config) + regularizers
+    scores = joint.names(config.objective) if config.embedding.head == "joint" else ()
+    return contrastive.metric_names(config) + regularizers + scores
 
 
 def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, groups: ModelParallelGroups | None = None,
@@ -55,6 +64,8 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, groups: Mode
     if config.objective.loss not in CONTRASTIVE:
         return MultiVectorDistillation(config, dp_group) if multi_vector else HardNegatives(config, dp_group)
     contrastive_class = MultiVectorContrastive if multi_vector else Contrastive
+    if config.embedding.head == "joint":
+        contrastive_class = JointContrastive
     if groups is None or groups.tp_cp.size() == 1:
         return contrastive_class(config, dp_group, fixed)
     return ReplicaSplit(contrastive_class(config, groups.tp_dp_cp, fixed), groups.tp_cp, dp_group.size())

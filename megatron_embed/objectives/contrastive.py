@@ -166,13 +166,14 @@ class Contrastive(Objective[EmbedBatch]):
         return dataclasses.replace(self.settings, temperature=self.learned.temperature, bias=self.learned.bias)
 
     def _sums(self, sums: Sequence[InfoNCESums], grad_scale: Sequence[Tensor], num_terms: int, batch: EmbedBatch,
-              total: float, compatible: InfoNCESums | None = None) -> Sums:
+              total: float, compatible: InfoNCESums | None = None, further: Tensor | None = None) -> Sums:
         """The metrics over all ranks: one all-reduce.
 
         Args:
             sums: per dimension.
             grad_scale: per dimension [2] float64, weighted gradient with respect to log scale and bias.
             compatible: of the queries against the vectors of the index, if theirs is a loss of its own.
+            further: [metrics, 2] float64 sums and divisors of further metrics of this rank.
         """
         parts = [combine_dims([_ratios(own, batch.num_queries, num_terms) for own in sums], self.dims)]
         if compatible is not None and self.compatible_weight is not None:
@@ -182,6 +183,8 @@ class Contrastive(Objective[EmbedBatch]):
             # The gradient was divided by the terms of the whole batch, and metrics are means over queries.
             gradient = torch.stack(list(grad_scale)).sum(dim=0) * total
             parts.append(_scale_ratios(self.learned, gradient, batch.num_queries))
+        if further is not None:
+            parts.append(further)
         return Sums(names=self.names, values=sum_over(torch.cat(parts), self.dp_group))
 
     def _columns(self, batch: EmbedBatch, ids: GlobalBatchIds) -> "_Columns":

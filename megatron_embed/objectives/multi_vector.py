@@ -24,12 +24,75 @@ def text_vectors(embeddings: Tensor, batch: EmbedBatch) -> tuple[TextVectors, Te
     return texts.part(0, batch.num_queries), texts.part(batch.num_queries, len(counts))
 
 
+class MaxSimQueries:
+    """Some queries, which documents are compared with."""
+
+    def __init__(self, queries: TextVectors) -> None:
+        self.queries = queries
+
+    def empty_scores(self, num_candidates: int) -> Tensor:
+        """[queries, candidates], or more of them in front."""
+        return self.queries.vectors.new_empty(len(self.queries.counts), num_candidates)
+
+    def scores(self, documents: TextVectors) -> Tensor:
+        """Those of all pairs with these documents."""
+        return maxsim(self.queries, documents)
+
+    def gradients(self, documents: TextVectors, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the queries' vectors and of the documents', given those of the scores."""
+        return maxsim_gradients(self.queries, documents, grad_scores)
+
+
+class BlockLoss:
+    """The loss of blocks of queries, given their scores.
+
+    Attributes:
+        sums: over the blocks so far.
+    """
+
+    def __init__(self, objective: Contrastive, candidates: Candidates, term_query: Tensor, weights: Tensor | None,
+                 total: float) -> None:
+        """`term_query`: [terms] int64 on the CPU, ascending, the query of each term of the loss."""
+        self._settings, self._candidates, self._total = objective.step_settings(), candidates, total
+        self._term_query, self._weights = term_query, weights
+        device = candidates.positive_index.device
+        self.sums = InfoNCESums(*torch.zeros(len(InfoNCESums._fields), dtype=torch.float64, device=device))
+
+    def add(self, scores: Tensor, first: int, last: int) -> None:
+        """The loss of queries `first` to `last - 1`; [..., queries, candidates] `scores` become its gradient."""
+        start, stop = torch.searchsorted(self._term_query, torch.tensor([first, last])).tolist()
+        if start == stop:
+            return
+        one_each, own = stop - start == last - first, self._term_query[start:stop] - first
+        own = own.to(scores.device, non_blocking=True)
+        rows = scores if one_each else scores[..., own, :]
+        sums = self.gradients(rows, start, None if self._weights is None else self._weights[start:stop])
+        self.sums = InfoNCESums(*(before + added for before, added in zip(self.sums, sums, strict=True)))
+        if not one_each:
+            scores.zero_().index_add_(scores.dim() - 2, own, rows)
+
+    def gradients(self, scores: Tensor, first: int, weights: Tensor | None) -> InfoNCESums:
+        """Sums over the terms from `first` on, whose [..., terms, candidates] scores become the gradient."""
+        return similarity_gradients(scores, self._candidates, self._settings, first=first, total=self._total,
+                                    weights=weights)
+
+    def further(self, batch: EmbedBatch) -> Tensor | None:
+        """[metrics, 2] float64 sums and divisors of metrics besides those of InfoNCE."""
+        return None
+
+
 class MultiVectorContrastive(Contrastive):
     """InfoNCE of each local query's positives against the documents of all data-parallel ranks, by MaxSim.
 
     Documents come in tiles, each twice: for the scores, from which the loss and its gradient with respect to them
     follow, and for the gradients of the vectors. Nothing holds all dot products, nor all documents' vectors.
     """
+
+    block_loss = BlockLoss
+
+    def compared(self, queries: TextVectors, batch: EmbedBatch) -> MaxSimQueries:
+        """Some queries of the batch, as they are compared with documents."""
+        return MaxSimQueries(queries)
 
     def texts(self, embeddings: Tensor, batch: EmbedBatch) -> tuple[TextVectors, TextVectors]:
         """The queries' and the documents' vectors; views."""
@@ -54,71 +117,41 @@ class MultiVectorContrastive(Contrastive):
         columns = copy_to_device(on_host, embeddings.device)
         tiles = DocumentTiles(documents, grad_document.vectors, ids.num_documents, batch.capacity.documents,
                               self.dp_group)
-        loss = _BlockLoss(self, columns.candidates(self.settings.directions), on_host.terms.query,
-                          columns.terms.weights, total)
+        loss = self.block_loss(self, columns.candidates(self.settings.directions), on_host.terms.query,
+                               columns.terms.weights, total)
         num_candidates = int(ids.num_documents.sum())
         size = max(1, MAXSIM_TILE_ELEMENTS // max(1, num_candidates))
         for first in range(0, int(ids.num_queries.max()), size):
             bounds = (min(first, batch.num_queries), min(first + size, batch.num_queries))
-            block = queries.part(*bounds)
-            scores = embeddings.new_empty(len(block.counts), num_candidates)
+            block = self.compared(queries.part(*bounds), batch)
+            scores = block.empty_scores(num_candidates)
             for turn in range(tiles.rounds):
                 for tile in tiles.show(turn):
-                    scores[:, tile.columns] = maxsim(block, tile.documents)
+                    scores[..., tile.columns] = block.scores(tile.documents)
             scores = self.whole(scores)
             loss.add(scores, *bounds)
             _return_gradients(tiles, block, scores, grad_query.part(*bounds).vectors)
-        # MaxSim is linear in the lengths of a query's vectors.
+        # Scores are linear in the lengths of a query's vectors.
         log_scale = self.whole((grad_query.vectors * queries.vectors).sum(dtype=torch.float64))
         scale = torch.stack([log_scale, torch.zeros_like(log_scale)])
-        sums = self._sums([loss.sums], [scale], len(on_host.terms.query), batch, total)
+        sums = self._sums([loss.sums], [scale], len(on_host.terms.query), batch, total, further=loss.further(batch))
         return LossGradient(sums=sums, embeddings=gradient)
 
 
-def _return_gradients(tiles: DocumentTiles, queries: TextVectors, grad_scores: Tensor, grad_query: Tensor) -> None:
+def _return_gradients(tiles: DocumentTiles, block: MaxSimQueries, grad_scores: Tensor, grad_query: Tensor) -> None:
     """The documents' second trip: adds to the gradients of these queries, and returns each rank those of its documents.
 
     Args:
-        grad_scores: [queries, candidates].
+        grad_scores: [..., queries, candidates].
         grad_query: [vectors of these queries, dim], added to.
     """
     for turn in range(tiles.rounds):
         gradients = []
         for tile in tiles.show(turn):
-            of_query, of_document = maxsim_gradients(queries, tile.documents, grad_scores[:, tile.columns])
+            of_query, of_document = block.gradients(tile.documents, grad_scores[..., tile.columns])
             grad_query += of_query
             gradients.append((tile, of_document))
         tiles.return_gradients(turn, iter(gradients))
-
-
-class _BlockLoss:
-    """The loss of blocks of queries, given their scores.
-
-    Attributes:
-        sums: over the blocks so far.
-    """
-
-    def __init__(self, objective: Contrastive, candidates: Candidates, term_query: Tensor, weights: Tensor | None,
-                 total: float) -> None:
-        """`term_query`: [terms] int64 on the CPU, ascending, the query of each term of the loss."""
-        self._settings, self._candidates, self._total = objective.step_settings(), candidates, total
-        self._term_query, self._weights = term_query, weights
-        device = candidates.positive_index.device
-        self.sums = InfoNCESums(*torch.zeros(len(InfoNCESums._fields), dtype=torch.float64, device=device))
-
-    def add(self, scores: Tensor, first: int, last: int) -> None:
-        """The loss of queries `first` to `last - 1`; [queries, candidates] `scores` become its gradient."""
-        start, stop = torch.searchsorted(self._term_query, torch.tensor([first, last])).tolist()
-        if start == stop:
-            return
-        one_each, own = stop - start == last - first, self._term_query[start:stop] - first
-        own = own.to(scores.device, non_blocking=True)
-        rows = scores if one_each else scores[own]
-        sums = similarity_gradients(rows, self._candidates, self._settings, first=start, total=self._total,
-                                    weights=None if self._weights is None else self._weights[start:stop])
-        self.sums = InfoNCESums(*(before + added for before, added in zip(self.sums, sums, strict=True)))
-        if not one_each:
-            scores.zero_().index_add_(0, own, rows)
 
 
 class MultiVectorDistillation(HardNegatives):

@@ -16,6 +16,7 @@ from megatron_embed.planning.parameters import (
     AdaptedLinears,
     Held,
     Parameters,
+    dense_rows,
     gives_sparse_vectors,
     gives_token_vectors,
     held_parameters,
@@ -265,6 +266,10 @@ MAXSIM_TILES = 6
 """Tiles that late interaction's loss holds at once, as tools/bench_multi_vector.py measures them."""
 
 
+JOINT_TILES = MAXSIM_TILES + 6
+"""The same of joint heads' loss: besides, three scores of all documents, their sum and what they are multiplied by."""
+
+
 def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
     """Loss bytes, on the last stage: this rank's embeddings, all documents and their gradient, one tile; documents that
     are rounded three times more, with what their rounding computes. Of a multi-vector model, this rank's vectors and
@@ -279,8 +284,10 @@ def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> 
     if gives_sparse_vectors(config):
         return sparse_loss_bytes(config, shape, grid)
     if gives_token_vectors(config):
-        vectors = sum(count * tokens for count, tokens in config.workload.texts_per_query) * queries // grid.dp
-        return vectors * width * 2 + MAXSIM_TILES * 4 * MAXSIM_TILE_ELEMENTS
+        before = dense_rows(config, shape)
+        vectors = sum(count * (tokens + before) for count, tokens in config.workload.texts_per_query)
+        tiles = MAXSIM_TILES if not before else JOINT_TILES
+        return vectors * queries // grid.dp * width * 2 + tiles * 4 * MAXSIM_TILE_ELEMENTS
     own = (queries + documents) // grid.dp * width * 2
     copies = 3 if config.embedding.precision == ("float32",) else 6
     return own + copies * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)

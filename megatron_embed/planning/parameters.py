@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
-from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
+from megatron_embed.config.vector_format import JointFormat
+from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width, joint_projection
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.models.head_shapes import reranker_head_shapes
 from megatron_embed.models.saved_settings import default_pooling
 from megatron_embed.models.vocabulary_shape import vocabulary_head_parameters
 from megatron_embed.names import HeadKind, ModelPooling
-from megatron_embed.planning.shapes import modules_at_hand
+from megatron_embed.planning.shapes import joint_heads_at_hand, modules_at_hand
 
 AdaptedLinears = Mapping[str, tuple[str | None, ...]]
 """Linear layers with adapters, by their names in one layer, as `Adapters.parts` of models/lora_settings.py."""
@@ -163,10 +164,10 @@ def vector_width(config: RunConfig, shape: ModelShape) -> int:
 
 
 def gives_token_vectors(config: RunConfig) -> bool:
-    """Whether a run's model gives a vector for every token."""
+    """Whether a run's model gives a vector for every token, as joint models do besides."""
     head = config.embedding.head
     return not config.workload.has_head and (
-        head == "multi_vector" or (head is None and modules_at_hand(config.model.path)[1] == "tokens"))
+        head in ("multi_vector", "joint") or (head is None and modules_at_hand(config.model.path)[1] == "tokens"))
 
 
 def gives_sparse_vectors(config: RunConfig) -> bool:
@@ -174,6 +175,13 @@ def gives_sparse_vectors(config: RunConfig) -> bool:
     head = config.embedding.head
     return not config.workload.has_head and (
         head == "sparse" or (head is None and modules_at_hand(config.model.path)[1] == "splade"))
+
+
+def dense_rows(config: RunConfig, shape: ModelShape) -> int:
+    """Rows of a joint model's text besides those of its tokens; 0 of another model."""
+    if config.embedding.head != "joint" or config.workload.has_head:
+        return 0
+    return -(-shape.hidden_size // vector_width(config, shape))
 
 
 def _dense(config: RunConfig, shape: ModelShape) -> tuple[tuple[DenseSettings, ...], ModelShape, ModelPooling]:
@@ -185,6 +193,11 @@ def _dense(config: RunConfig, shape: ModelShape) -> tuple[tuple[DenseSettings, .
             default_pooling(shape) if own_pooling in (None, "tokens", "splade") else own_pooling)
         special: dict[str, ModelPooling] = {"multi_vector": "tokens", "sparse": "splade"}
         pooling = special.get(config.embedding.head, pooling)
+        if config.embedding.head == "joint":
+            heads = joint_heads_at_hand(config.model.path)
+            dim = config.embedding.embedding_dim or (shape.hidden_size if heads is None else heads.dim)
+            joint = JointFormat(hidden_size=shape.hidden_size, token_dim=dim)
+            return (joint_projection(joint),), shape, "mean+tokens"
     new_vectors = pooling == "tokens" and own_pooling != "tokens"
     return dense_of_run(config.embedding, own, shape, pooling, new_vectors=new_vectors), shape, pooling
 

@@ -9,6 +9,7 @@ from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.joint_files import JointHeads, find_joint_heads
 from megatron_embed.models.modules_json import transformer_folder
 from megatron_embed.models.quantization import StoredQuantization, stored_quantization
 from megatron_embed.models.saved_settings import read_saved_settings
@@ -105,6 +106,13 @@ def _cached(name: str) -> Path | None:
         return None
     snapshot = folder / "snapshots" / revision
     return snapshot if (snapshot / "config.json").is_file() else None
+
+
+@functools.cache
+def joint_heads_at_hand(path: str) -> JointHeads | None:
+    """The joint heads of the model's directory; None if it has none, or is not here."""
+    files = model_files(path)
+    return None if files is None else find_joint_heads(files)
 
 
 @functools.cache

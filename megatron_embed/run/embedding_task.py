@@ -35,7 +35,7 @@ from megatron_embed.export.verify import ExpectedSettings
 from megatron_embed.loading.model_directory import ModelDirectory, error_context, load_model_chunks
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.models.reranker_settings import RERANKER_FILE
-from megatron_embed.names import Similarity
+from megatron_embed.names import Similarity, pools_last_token
 from megatron_embed.objectives.base import Objective, with_margins
 from megatron_embed.objectives.build import build_objective, metric_names
 from megatron_embed.objectives.fixed_vectors import Lookup
@@ -113,7 +113,7 @@ class EmbeddingTask(Task):
     def has_tokenizer_of(self, checkpoint: Path) -> bool:
         config, texts = self.config, [text for texts in PROBES.values() for text in texts]
         saved = RoleTokenizer(
-            str(checkpoint / "hf"), add_eos=self.model.pooling(config.embedding.pooling) == "lasttoken",
+            str(checkpoint / "hf"), add_eos=pools_last_token(self.model.pooling(config.embedding.pooling)),
             text_format=training_format(self.model), document_prompt=config.data.prompt("document"),
             query_max_length=config.data.max_length("query"), document_max_length=config.data.max_length("document"))
         return saved.tokenize(texts, "document").token_ids == self.tokenizer.tokenize(texts, "document").token_ids
@@ -163,7 +163,7 @@ class EmbeddingTask(Task):
 
     def _evaluate(self, encoder: TextEncoder, suite: EvaluationSuite) -> dict[str, float]:
         similarity: Similarity = "cosine" if self.config.embedding.unit_length else "dot"
-        if encoder.pooling in ("tokens", "splade"):
+        if encoder.gives_several:
             retrieval = [(data.name, means_by_blocks(encoder, data, group=dist.group.WORLD))
                          for data in suite.retrieval]
             return {**average(retrieval), **evaluate_rerank_sets(suite.reranking, functools.partial(
@@ -183,7 +183,7 @@ class EmbeddingTask(Task):
         """Vectors of evaluated texts for TensorBoard's projector, where there is TensorBoard."""
         directory, samples = self.config.log_directory, inputs.suite.samples(NUM_PROJECTOR_TEXTS)
         if directory is None or not self.config.logging.tensorboard or not samples or (
-                encoder.pooling in ("tokens", "splade")):
+                encoder.gives_several):
             return
         vectors = [encoder.encode(texts, role, instruction=data.instruction) for data, role, texts in samples]
         labels = [(data.name, role, text) for data, role, texts in samples for text in texts]
@@ -235,7 +235,7 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
     """The model's tokenizer with this run's prompts and lengths."""
     with error_context("model.path", config.model.path):
         tokenizer = RoleTokenizer(
-            str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
+            str(model.hf), add_eos=pools_last_token(model.pooling(config.embedding.pooling)),
             text_format=training_format(model), query_prompt=config.data.prompt("query"),
             document_prompt=config.data.prompt("document"), query_max_length=config.data.max_length("query"),
             document_max_length=config.data.max_length("document"),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_embed import __version__
+from megatron_embed.batch import TextVectors
 from megatron_embed.data.corpus import TextsOnDisk
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.joint_vectors import token_vectors
 from megatron_embed.evaluation.sparse_vectors import sparse_vectors, write_matrix
 from megatron_embed.evaluation.stored_vectors import (
     as_dtype,
@@ -88,12 +90,15 @@ def _write_ranges(args: argparse.Namespace, ranges: NDArray[np.float32]) -> User
 def encode_token_vectors(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder) -> None:
     """Write the vectors of a multi-vector model from the first rank, complete or not at all; the other ranks compute
     their share of every block. Called by all ranks."""
-    blocks = encoder.blocks(texts, args.role or "document", show_progress=encoder.topology.rank == 0)
-    error = None
+    blocks: Iterator[TextVectors] = encoder.blocks(texts, args.role or "document",
+                                                   show_progress=encoder.topology.rank == 0)
+    joint, dim, error = encoder.tokenizer.joint, encoder.dim, None
+    if joint is not None:
+        blocks, dim = (token_vectors(block, joint) for block in blocks), joint.token_dim
     try:
         if encoder.topology.rank == 0:
             pooled = (pool_tokens(block, args.token_pooling or 1) for block in blocks)
-            error = write_token_file(args.output, pooled, encoder.dim)
+            error = write_token_file(args.output, pooled, dim)
         else:
             for _ in blocks:
                 pass

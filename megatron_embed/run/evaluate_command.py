@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import os
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.parallel.lost_rank import Start, monitored_ranks
@@ -75,8 +75,7 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
 
     check_metric_names(args.require, [prefix + name for prefix in ranking_prefixes(args) for name in METRICS])
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start,
-                                             multi_vector=not (args.dims or args.two_stage or args.vectors
-                                                               or args.precision or args.documents_from))
+                                             multi_vector=may_be_multi_vector(args))
     given = open_given_vectors(args, rows=len(data.document_ids), dim=encoder.dim, similarity=model.saved.similarity,
                                what=f"{args.data}/corpus.jsonl")
     encode: Embed = functools.partial(encoder.encode, show_progress=topology.rank == 0)
@@ -93,7 +92,7 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     rankings.check(encoder.dim)
     if args.reranker is not None:
         rankings = dataclasses.replace(rankings, rerank=open_rerank_stage(args, data.query_texts, topology))
-    if encoder.pooling in ("tokens", "splade"):
+    if encoder.gives_several:
         per_query = evaluate_by_blocks(encoder, data, rerank=rankings.rerank, group=dist.group.WORLD,
                                        show_progress=topology.rank == 0)
     else:
@@ -102,6 +101,18 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     if args.per_query is not None:
         raise_on_all_ranks(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
     return mean_metrics(per_query), topology.rank
+
+
+def may_be_multi_vector(args: argparse.Namespace) -> bool | Literal["joint"]:
+    """See `open_encoder`. Raises ConfigError for --head with options that need one vector for each text."""
+    options = ("dims", "two_stage", "vectors", "precision", "documents_from")
+    given = next((f"--{name.replace('_', '-')}" for name in options if vars(args)[name]), None)
+    if args.head is None:
+        return given is None
+    if given is not None:
+        raise ConfigError(f"{given}: needs one vector for each text, and --head {args.head} compares more; leave one "
+                          "of them out", key=given)
+    return "joint"
 
 
 def open_other_documents(args: argparse.Namespace, encode: "Embed", topology: "Topology", *, dim: int, rows: int,
@@ -159,9 +170,10 @@ def check_width(args: argparse.Namespace, width: int, dim: int) -> None:
 
 def ranking_prefixes(args: argparse.Namespace) -> list[str]:
     """Prefixes of the metrics' names, one for each ranking of a BEIR folder that the options ask for."""
+    from megatron_embed.evaluation.joint_search import PREFIXES
     from megatron_embed.evaluation.stored_vectors import precision_prefixes
 
-    prefixes = ["", *(f"dim_{width}/" for width in args.dims)]
+    prefixes = [*(PREFIXES if args.head == "joint" else [""]), *(f"dim_{width}/" for width in args.dims)]
     prefixes += [prefix for prefix, *_ in precision_prefixes(args.dims, args.precision)]
     if args.two_stage is not None:
         prefixes.append(f"two_stage_{args.two_stage}/")
@@ -201,8 +213,8 @@ def open_rerank_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
 
 def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
-    refuse_options(args, "pairs", "split", "drop_own_id", "two_stage", "precision", "reranker", "per_query", "vectors",
-                   "index", "probes", "ef_search", "documents_from", "map")
+    refuse_options(args, "pairs", "head", "split", "drop_own_id", "two_stage", "precision", "reranker", "per_query",
+                   "vectors", "index", "probes", "ef_search", "documents_from", "map")
     from megatron_embed.evaluation.sts import load_sts
 
     data = load_sts(args.data, "--data", args.columns)
@@ -231,16 +243,19 @@ def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
     from megatron_embed.loading.reranker import is_reranker, open_scorer
 
     if is_reranker(find_model(args.model, "--model")):
+        if args.head is not None:
+            raise ConfigError(f"--head {args.head}: {args.model} is a reranker, which has no vectors; leave it out",
+                              key="--head")
         refuse_prompts(args, f"{args.model} is a reranker, which reads query and document in its own template")
         scorer, _, topology = open_scorer(args.model, max_length=args.max_length, dtype=args.dtype,
                                           overrides=args.overrides, start=start)
         score = functools.partial(scorer.raw_scores, show_progress=topology.rank == 0)
         return evaluate_reranking(score, data), topology.rank
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start,
-                                            multi_vector=True)
+                                            multi_vector=True if args.head is None else "joint")
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     score = functools.partial(similarity_of_pairs, encode, similarity=model.saved.similarity)
-    if encoder.pooling in ("tokens", "splade"):
+    if encoder.gives_several:
         return evaluate_reranking(functools.partial(scores_of_lists, encoder), data), topology.rank
     return evaluate_reranking(score, data), topology.rank
 

@@ -31,14 +31,14 @@ def inherited(config: RunConfig, model: ModelDirectory, checkpoint: Path | None 
     normalize = config.embedding.normalize
     if normalize is None:
         sparse = config.embedding.head == "sparse" or (config.embedding.head is None and model.saved.sparse)
-        normalize = bool(known["normalize"]) and not sparse
+        normalize = (bool(known["normalize"]) or config.embedding.head == "joint") and not sparse
     embedding = dataclasses.replace(config.embedding, normalize=normalize)
     if config.workload.inherits_text_settings:
         embedding = with_format(embedding, model.saved.vectors, sparse=model.saved.sparse)
     if checkpoint is None and config.workload.inherits_text_settings:
         _log(config, model, {**{f"data.{key}": value for key, value in data.items()}, **(
             {} if config.embedding.normalize is not None else {"embedding.normalize": normalize}), **(
-            {} if config.embedding.pooling is not None or embedding.head != "dense"
+            {} if config.embedding.pooling is not None or embedding.head not in ("dense", "joint")
             else {"embedding.pooling": model.pooling(None)})})
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **data),
                                embedding=embedding)

@@ -67,10 +67,11 @@ class RunLog:
 
     @property
     def chance_loss(self) -> float | None:
-        """InfoNCE of vectors that tell nothing: log of the candidates; None: another loss, or unknown."""
+        """InfoNCE of vectors that tell nothing: log of the candidates; None: another loss, such as that of joint heads,
+        or unknown."""
         negatives = self.late("negatives_per_query")
-        if self.setting("objective.loss", "info_nce") != "info_nce" or negatives is None or negatives < 0 or (
-                not self.values("in_batch_accuracy")):
+        if self.setting("objective.loss", "info_nce") != "info_nce" or self.setting("embedding.head") == "joint" or (
+                negatives is None or negatives < 0 or not self.values("in_batch_accuracy")):
             return None
         return math.log(1 + negatives)
 

@@ -26,7 +26,7 @@ from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.families import read_hf_config
 from megatron_embed.models.layer_backend import check_layer_backend
-from megatron_embed.names import EXPORT_PACKAGES, EngineName, FurtherExport
+from megatron_embed.names import EXPORT_PACKAGES, JOINT_SCORES, EngineName, FurtherExport
 from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, check_world_size
 from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.embedding_task import EmbeddingTask
@@ -156,7 +156,8 @@ def open_suite(task: Task) -> EvaluationSuite:
                    for item in evaluation.retrieval],
         sts=[with_overrides(load_sts(item.path), item) for item in evaluation.sts],
         reranking=[load_rerank_file(file, "evaluation.reranking") for file in evaluation.reranking],
-        dims=config.embedding.matryoshka_dims, precisions=config.embedding.precision)
+        dims=config.embedding.matryoshka_dims, precisions=config.embedding.precision,
+        scores=JOINT_SCORES if config.embedding.head == "joint" else ())
     task.check_evaluations(suite)
     refuse_equal_names("evaluation.retrieval", suite.retrieval)
     refuse_equal_names("evaluation.sts", suite.sts)

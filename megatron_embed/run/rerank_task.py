@@ -29,6 +29,7 @@ from megatron_embed.loading.reranker import (
 )
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.heads import HeadSpec
+from megatron_embed.models.joint_files import remove_joint_heads
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings, write_reranker_settings
 from megatron_embed.objectives.base import with_margins
 from megatron_embed.objectives.reranking import Reranking
@@ -122,6 +123,7 @@ class RerankTask(Task):
 
     def write_settings(self, hf: Path) -> None:
         write_reranker_settings(hf, self.settings)
+        remove_joint_heads(hf)
 
     def build(self, inputs: Inputs, topology: Topology, models: Sequence[EmbeddingModel],
               wrapped: Sequence[torch.nn.Module]) -> TaskParts:

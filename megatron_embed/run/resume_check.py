@@ -19,8 +19,10 @@ from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
 from megatron_embed.loading.quantized import base_of_run
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import model_shape
+from megatron_embed.models.joint_files import find_joint_heads
 from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.saved_settings import read_saved_settings
+from megatron_embed.names import JOINT_POOLINGS, ModelPooling
 from megatron_embed.run.run_directory import describe_rows, known_rows, with_known_choices
 from megatron_embed.run.task import Task
 from megatron_embed.training.optimizer import overlaps
@@ -177,11 +179,21 @@ def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> 
     if model.saved.vectors != saved.vectors:
         raise _refusal(checkpoint, "embedding.head", config.embedding.head,
                        f"this run began with {saved.vectors or 'a dense model'}")
-    pooling, was = model.pooling(config.embedding.pooling), saved.pooling
+    heads, is_joint = find_joint_heads(checkpoint / "hf"), model.joint is not None
+    if is_joint != (heads is not None):
+        raise _refusal(checkpoint, "embedding.head", config.embedding.head,
+                       f"this run began {'without' if heads is None else 'with'} joint heads")
+    if model.joint is not None and heads is not None and model.joint.token_dim != heads.dim:
+        raise _refusal(checkpoint, "embedding.embedding_dim", config.embedding.embedding_dim,
+                       f"{model.joint.token_dim} numbers of a token's vector, this run began with {heads.dim}")
+    pooling = model.pooling(config.embedding.pooling)
+    was: ModelPooling | None = saved.pooling
+    if is_joint:
+        was = None if saved.pooling is None else JOINT_POOLINGS.get(saved.pooling)
     if was is not None and pooling != was:
         raise _refusal(checkpoint, "embedding.pooling", pooling, f"this run began with {was!r}")
     dense, had_dense = _sizes_of(model.dense(config.embedding)), _sizes_of(saved.dense)
-    if not config.workload.has_head and dense != had_dense:
+    if not config.workload.has_head and not is_joint and dense != had_dense:
         raise _refusal(checkpoint, "embedding.embedding_dim", config.embedding.embedding_dim,
                        f"Dense modules {dense or '(none)'}, this run began with {had_dense or '(none)'}")
 

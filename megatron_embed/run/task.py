@@ -58,7 +58,8 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig, model: ModelDirectory, checkpoint: Path | None) -> None:
         self.config, self.checkpoint = inherited(config, model, checkpoint), checkpoint
-        self.model = model if self.config.workload.has_head else model.of_run(self.config.embedding)
+        self.model = model if self.config.workload.has_head else model.of_run(
+            self.config.embedding, self.config.objective.score_weights)
 
     # Before the first collective, on every rank alike.
 

@@ -27,6 +27,9 @@ from tests.helpers.dense_directories import SHAPES, add_modules, load_steps, sav
 from tests.helpers.embedding_reference_ranks import RankResult, run_cases, tokenizer_of
 from tests.helpers.exactness_cases import (
     BOUND,
+    JOINT_LOSS_WEIGHTS,
+    JOINT_SCORE_WEIGHTS,
+    JOINT_TEMPERATURE,
     LOSS_BOUND,
     MULTI_VECTOR_TEMPERATURE,
     NUM_NEGATIVES,
@@ -41,6 +44,14 @@ from tests.helpers.exactness_cases import (
 from tests.helpers.families import DEBERTA, SMALL_IDS
 from tests.helpers.gradient_errors import largest_error, save_gradients
 from tests.helpers.internlm import as_internlm2, stock_of
+from tests.helpers.joint_reference import (
+    JointHeads,
+    add_joint_heads,
+    joint_loss,
+    load_joint_heads,
+    save_joint_gradients,
+    scores_of_texts,
+)
 from tests.helpers.multi_vector_reference import TokenReference, add_token_modules, load_projection
 from tests.helpers.other_models import (
     COMPATIBLE_WEIGHT,
@@ -166,6 +177,9 @@ class EmbeddingReference:
         if case.multi and not (self.folder / case.model).exists():
             shutil.copytree(self.folder / case.kind, self.folder / case.model)
             add_token_modules(self.folder / case.model, case.multi)
+        if case.joint and not (self.folder / case.model).exists():
+            shutil.copytree(self.folder / case.kind, self.folder / case.model)
+            add_joint_heads(self.folder / case.model)
         if case.adapters and not (self.folder / f"{case.model}-lora").exists():
             write_adapter(self.folder / f"{case.model}-lora", self.folder / case.model)
         if case.reference not in self._references:
@@ -318,6 +332,10 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
         regularizers = sum(weight * regularizer(case.sparse, vectors) for weight, vectors in zip(
             SPARSE_WEIGHTS[case.sparse], (queries, documents), strict=True))
         reference.check()
+    elif case.joint:
+        steps, joint_heads = [], load_joint_heads(folder / case.model)
+        three, positive = _joint_rows(case, model, routers, joint_heads, records, tokenizer)
+        logits = three[0]
     elif case.multi:
         steps = load_projection(folder / case.model)
         similarity, positive = _maxsim_rows(case, folder, model, routers, steps[0][1], records)
@@ -339,7 +357,12 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
         return torch.nn.functional.cross_entropy(masked, torch.searchsorted(documents, positive[queries]),
                                                  reduction="sum")
 
-    if case.stored:
+    if case.joint:
+        losses = [joint_loss([score[queries][:, documents].masked_fill(excluded[queries][:, documents], -math.inf)
+                              / JOINT_TEMPERATURE for score in three],
+                             torch.searchsorted(documents, positive[queries]), JOINT_SCORE_WEIGHTS, JOINT_LOSS_WEIGHTS,
+                             distils=case.joint == "distilled").sum() for queries, documents in pools]
+    elif case.stored:
         losses = [weight * loss_of(similarity / rows.temperature, *pool) for pool in pools
                   for similarity, weight in stored_similarities(query[pool[0]], document[pool[1]], case.stored)]
     else:
@@ -357,6 +380,7 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     total.backward()
     highest = sum(len(queries) * math.log(len(documents)) for queries, documents in pools) / len(records)
     highest *= sum_of_weights(case.stored) if case.stored else 1.0
+    highest *= 1.3 if case.joint else 1.0  # its heads are random, and the texts' vectors alone were taught
     highest *= 1 + COMPATIBLE_WEIGHT if case.others == "compatible" else 2.0 if case.others == "query side" else 1.0
     assert 0.3 < float((loss - regularizers).detach()) < highest, f"{case.reference}: loss {float(loss.detach())}"
     gradients = folder / f"gradients-{case.reference}"
@@ -365,6 +389,8 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     if case.kind == "internlm2":
         as_internlm2(gradients)
     norm = math.hypot(norm, math.sqrt(save_gradients_of(steps, gradients)))
+    if case.joint:
+        norm = math.hypot(norm, save_joint_gradients(joint_heads, gradients))
     return Reference(loss=float(loss.detach()), candidates=max(len(documents) for _, documents in pools), norm=norm)
 
 
@@ -496,6 +522,24 @@ def _maxsim_rows(case: Case, folder: Path, model: Any, routers: "_RouterLogits",
         documents += [reference.vectors(ids, is_query=False)
                       for ids in plain.tokenize(documents_of(record), "document").token_ids]
     return reference.scores(queries, documents), torch.tensor(positive)
+
+
+def _joint_rows(case: Case, model: Any, routers: "_RouterLogits", heads: JointHeads, records: Sequence[Record],
+                tokenizer: RoleTokenizer) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """([queries, documents] of each score, [queries] the positive's document), text by text."""
+    def text(ids: Sequence[int]) -> tuple[Sequence[int], Any]:
+        routers.texts.append([])
+        return heads.of(ids, model(torch.tensor([ids])).last_hidden_state[0], POOLINGS[case.kind])
+
+    queries, documents, positive = [], [], []
+    for record in records:
+        positive.append(len(documents))
+        queries.append(text(tokenizer.tokenize([record.query], "query").token_ids[0]))
+        documents += [text(ids) for ids in tokenizer.tokenize(documents_of(record), "document").token_ids]
+    ids, vectors = ([part[index] for part in (*queries, *documents)] for index in (0, 1))
+    count = len(queries)
+    heads.check(ids, vectors, count)
+    return scores_of_texts(ids[:count], vectors[:count], ids[count:], vectors[count:]), torch.tensor(positive)
 
 
 def _auxiliary_loss(routers: _RouterLogits, micro_batches: Sequence[Part], config: Any) -> torch.Tensor:

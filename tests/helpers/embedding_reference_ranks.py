@@ -12,7 +12,7 @@ import torch
 
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.config.vector_format import with_format
+from megatron_embed.config.vector_format import JointFormat, with_format
 from megatron_embed.data.dataset import open_records
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
 from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
@@ -21,15 +21,15 @@ from tests.helpers.gradient_errors import SquaredErrors, gather_shards, squared_
 from tests.helpers.other_models import fixed_vectors
 
 
-def tokenizer_of(directory: Path, rows: Rows) -> RoleTokenizer:
-    """The model's tokenizer; its own special tokens, no further EOS."""
+def tokenizer_of(directory: Path, rows: Rows, joint: JointFormat | None = None) -> RoleTokenizer:
+    """The model's tokenizer; its own special tokens, no further EOS. `joint`: the rows of a joint model."""
     vectors = None
     if (directory / "modules.json").is_file():
         from megatron_embed.models.saved_settings import read_saved_settings
 
         vectors = read_saved_settings(directory).vectors
     return RoleTokenizer(str(directory), add_eos=False, query_max_length=rows.max_length,
-                         document_max_length=rows.max_length, text_format=TextFormat(vectors=vectors))
+                         document_max_length=rows.max_length, text_format=TextFormat(vectors=vectors, joint=joint))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     config = run_config(case, folder)
     model = find_model(config.model.path)
     config = dataclasses.replace(config, embedding=with_format(config.embedding, model.saved.vectors))
-    model = model.of_run(config.embedding) if case.sparse else model
+    model = model.of_run(config.embedding) if case.sparse or case.joint else model
     check_divisible(model.shape, config.parallel)
     assert check_batch_sizes(config, topology.dp_size) == (case.micro_batches or None)
     check_token_budget(config)
@@ -94,7 +94,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
                           kernel=case.kernel, has_dropout=False,
                           first_pass=build_first_pass(config, model.shape, topology),
                           kept=build_kept_activations(config, model.shape, topology))
-    batch = _load_batch(case, config, folder, topology)
+    batch = _load_batch(case, config, folder, topology, model.joint)
     bins = len(batch.micro_batches)
     if case.tokens is not None:
         batch = agree_on_bins(batch, topology, budget=case.tokens,
@@ -116,7 +116,8 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
                       tokens=max(part.num_tokens for part in batch.micro_batches), bins=bins)
 
 
-def _load_batch(case: Case, config: RunConfig, folder: Path, topology: Any) -> EmbedBatch:
+def _load_batch(case: Case, config: RunConfig, folder: Path, topology: Any,
+                joint: JointFormat | None) -> EmbedBatch:
     """This rank's share of the rows, by the loader of training."""
     from megatron_embed.data.loader import BatchLoader
     from megatron_embed.data.sampler import GlobalBatchSampler
@@ -129,7 +130,7 @@ def _load_batch(case: Case, config: RunConfig, folder: Path, topology: Any) -> E
         micro_batch_size=config.training.micro_batch_size, alignment=token_alignment(config.parallel),
         uniform_size=topology.pp_size > 1, micro_batch_tokens=case.tokens,
         keep_groups_together=case.negatives == "micro_batch")
-    with BatchLoader(records, sampler, tokenizer_of(folder / case.model, ROWS[case.rows]), packing,
+    with BatchLoader(records, sampler, tokenizer_of(folder / case.model, ROWS[case.rows], joint), packing,
                      DocumentsPerQuery(negatives=NUM_NEGATIVES, embedded=case.others != "query side"),
                      dp_rank=topology.dp_rank, dp_size=topology.dp_size) as loader:
         return loader.batch(0)

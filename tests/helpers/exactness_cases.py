@@ -142,6 +142,8 @@ class Case:
     """Of a multi-vector model."""
     sparse: str = ""
     """A sparse model, by its name in sparse_reference.SPARSE; empty: it is none."""
+    joint: str = ""
+    """A joint model: distilled, or plain, which is without self-distillation; empty: it is none."""
     stored: str = ""
     """Precisions of the loss, by their name in STORED; empty: float32 alone."""
     others: Literal["", "compatible", "query side", "guided", "distilled"] = ""
@@ -152,6 +154,8 @@ class Case:
         """Name of the model's directory."""
         if self.sparse:
             return f"{self.kind}-sparse{'-tied' if self.sparse == 'tied' else ''}"
+        if self.joint:
+            return f"{self.kind}-joint"
         kind = f"{self.kind}-{self.dense or self.multi}" if self.dense or self.multi else self.kind
         return f"{kind}-long" if self.rows == "long" else kind
 
@@ -163,6 +167,7 @@ class Case:
         if self.multi:
             name += f"-{self.multi}-{self.loss}"
         name += f"-sparse-{self.sparse}" if self.sparse else ""
+        name += f"-joint-{self.joint}" if self.joint else ""
         name += self.others and f"-{self.others.replace(' ', '-')}"
         if self.aux or self.negatives == "micro_batch":
             rounds = f"-by{self.layout.pp}" if self.layout.vpp > 1 else ""
@@ -179,6 +184,7 @@ class Case:
         words += [self.dense] if self.dense else []
         words += [f"vectors {self.multi}"] if self.multi else []
         words += [f"sparse {self.sparse}"] if self.sparse else []
+        words += [f"joint {self.joint}"] if self.joint else []
         words += [self.loss] if self.loss != "info_nce" else []
         words += [f"stored as {self.stored}"] if self.stored else []
         words += [self.others] if self.others else []
@@ -383,6 +389,30 @@ def sparse_cases() -> list[Case]:
     return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
 
 
+def joint_cases() -> list[Case]:
+    """Joint models: three scores of every pair, by outputs of a text and of its tokens."""
+    cases = []
+    for index, layout in enumerate(MULTI_VECTOR_LAYOUTS):
+        smallest = layout.pp if layout.vpp > 1 else 1
+        for turn, kind in enumerate(("bert", "qwen3")):
+            counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= 16]
+            cases.append(Case(kind=kind, layout=layout, micro_batches=counts[(index + turn) % len(counts)],
+                              joint=("distilled", "plain")[(index // 3 + turn) % 2],
+                              distributed=(index + turn) % 2 == 0,
+                              rows="masked" if (index // 2 + turn) % 2 else "short"))
+    cases += [Case(kind="qwen3_moe", layout=layout, micro_batches=2, joint="distilled",
+                   aux=AUX_COEFFICIENT if index % 2 else 0.0) for index, layout in enumerate(MULTI_VECTOR_EXPERTS)]
+    cases += [Case(kind=kind, layout=layout, tokens=tokens, rows="masked", joint="distilled", first_pass=first_pass)
+              for layout, kind, tokens, first_pass in (
+                  (Layout(dp=2), "bert", 144, 1), (Layout(tp=2, dp=2), "qwen3", 176, 2),
+                  (Layout(cp=2, dp=2), "bert", 144, 1), (Layout(pp=2, dp=2), "qwen3", 144, 1))]
+    cases += [Case(kind="bert", layout=layout, micro_batches=2, negatives="micro_batch", joint="distilled")
+              for layout in (Layout(dp=2), Layout(tp=2), Layout(pp=2))]
+    cases += [Case(kind="bert", layout=layout, micro_batches=2, joint="plain", keep=1) for layout in (
+        Layout(dp=2), Layout(tp=2, dp=2))]
+    return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
+
+
 STORED_LAYOUTS = (Layout(), Layout(dp=2), Layout(dp=4), Layout(tp=2), Layout(pp=2), Layout(pp=2, vpp=2), Layout(cp=2),
                   Layout(tp=2, dp=2), Layout(cp=2, dp=2), Layout(tp=2, pp=2))
 
@@ -459,6 +489,9 @@ SPARSE_TEMPERATURE = 60.0
 error of a probability is that over the temperature."""
 SPARSE_WEIGHTS = {"flops": (0.001, 0.0008), "tied": (0.001, 0.0008), "l1": (0.001, 0.0008)}
 """Of the regularizers of queries and documents: terms of about half the size of the loss."""
+JOINT_SCORE_WEIGHTS, JOINT_LOSS_WEIGHTS = (1.0, 0.3, 0.8), (0.9, 0.4, 1.0)
+"""Of a joint model's dense, sparse and multi-vector scores, and of their losses."""
+JOINT_TEMPERATURE = 0.3
 MULTI_VECTOR_TEMPERATURE = 0.5
 """Divides sums over a dozen vectors."""
 
@@ -478,6 +511,10 @@ def objective_of(case: Case) -> ObjectiveConfig:
         return ObjectiveConfig(loss=case.loss, temperature=temperature, teacher_temperature=1.0)
     if case.others == "distilled":
         return ObjectiveConfig(loss="embedding_distillation", teacher_model="teacher")
+    if case.joint:
+        return ObjectiveConfig(temperature=JOINT_TEMPERATURE, negatives=case.negatives, mask_duplicates=rows.masked,
+                               score_weights=JOINT_SCORE_WEIGHTS, score_loss_weights=JOINT_LOSS_WEIGHTS,
+                               self_distillation=case.joint == "distilled")
     others = {"compatible_with": "old", "compatible_weight": 0.7} if case.others == "compatible" else {}
     others |= {"guide_model": "guide", "mask_margin": 0.1} if case.others == "guided" else {}
     return ObjectiveConfig(temperature=temperature, negatives=case.negatives, mask_duplicates=rows.masked,
@@ -490,6 +527,8 @@ def embedding_of(case: Case) -> EmbeddingConfig:
         return EmbeddingConfig(head="sparse")
     if case.multi:
         return EmbeddingConfig()
+    if case.joint:
+        return EmbeddingConfig(head="joint", pooling=POOLINGS[case.kind])
     if not case.stored:
         return EmbeddingConfig(pooling=POOLINGS[case.kind])
     stored = STORED[case.stored]

@@ -103,10 +103,12 @@ def _squared_errors_of_vocabulary(chunk: Any, topology: Any, source: Any) -> Squ
 def _squared_errors_of_dense(chunk: Any, topology: Any, reference: Path) -> SquaredErrors:
     """Errors of this rank's Dense modules, whose gradients lie in the folders of their weights."""
     from megatron_embed.convert.dense_tensors import read_dense
+    from megatron_embed.models.joint_files import read_joint_heads
 
     errors: SquaredErrors = {}
     for index, layer in enumerate([] if chunk.dense is None else chunk.dense.layers()):
-        expected = read_dense(reference, layer.settings)
+        joint = read_joint_heads(reference)
+        expected = read_dense(reference, layer.settings) if joint is None else joint
         for name, parameter in layer.named_parameters():
             split = parameter.numel() < expected[name].numel()
             assert split == (layer.settings.out_features >= 1024 and topology.tp_size > 1)

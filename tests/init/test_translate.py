@@ -200,6 +200,15 @@ def test_spellings_of_options(options, expected):
      "--train_group_size 2 --query_instruction_for_retrieval ''",
      {"training.global_batch_size": 32, "data.num_negatives": 1, "embedding.normalize": True,
       "data.query_prompt": None}),
+    ("torchrun -m FlagEmbedding.finetune.embedder.encoder_only.m3 --model_name_or_path m --train_data a.jsonl "
+     "--unified_finetuning True --use_self_distill True --colbert_dim -1 --knowledge_distillation True",
+     {"embedding.head": "joint", "objective.self_distillation": True, "embedding.embedding_dim": None,
+      "objective.loss": "info_nce"}),
+    ("torchrun -m FlagEmbedding.finetune.embedder.encoder_only.m3 --model_name_or_path m --train_data a.jsonl "
+     "--unified_finetuning True --colbert_dim 64",
+     {"objective.self_distillation": False, "embedding.embedding_dim": 64}),
+    ("torchrun -m FlagEmbedding.finetune.embedder.encoder_only.m3 --model_name_or_path m --train_data a.jsonl "
+     "--unified_finetuning False --use_self_distill False", {"embedding.head": None}),
     ("python -m tevatron.driver.train --dataset_name Tevatron/wikipedia-nq --model_name_or_path m --do_train "
      "--train_n_passages 2 --q_max_len 32 --p_max_len 156 --negatives_x_device --untie_encoder",
      {"data.num_negatives": 1, "data.query_max_length": 32, "data.document_max_length": 156}),

@@ -20,6 +20,7 @@ from tests.helpers.exactness_cases import (
     flash_cases,
     head_cases,
     head_flash_cases,
+    joint_cases,
     multi_vector_cases,
     other_model_cases,
     sparse_cases,
@@ -38,6 +39,7 @@ FAST = (
     Case(kind="qwen3", layout=Layout(tp=2), micro_batches=2, rows="masked"),
     Case(kind="qwen3_moe", layout=Layout(tp=2), micro_batches=1, distributed=True),
     Case(kind="bert", layout=Layout(tp=2), micro_batches=2, dense="embeddinggemma"),
+    Case(kind="bert", layout=Layout(tp=2), micro_batches=2, joint="distilled"),
     Case(kind="qwen3", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3, rows="masked", first_pass=2),
     Case(kind="bert", layout=Layout(cp=2), micro_batches=2),
     Case(kind="qwen3", layout=Layout(cp=2, a2a=True), micro_batches=2, rows="masked"),
@@ -92,7 +94,8 @@ def test_gradients_equal_one_process(oracle, cases):
 @pytest.mark.parametrize("cases", [
     pytest.param(cases, id=f"{name}, {cases[0].layout}") for name, group in (
         ("one vector", all_cases()), ("Dense modules", dense_cases()), ("context parallelism by heads", head_cases()),
-        ("a vector per token", multi_vector_cases()), ("sparse", sparse_cases()), ("rounded", stored_cases()),
+        ("a vector per token", multi_vector_cases()), ("sparse", sparse_cases()),
+        ("joint heads", joint_cases()), ("rounded", stored_cases()),
         ("with other models' vectors", other_model_cases()), ("larger first pass", LARGER_FIRST_PASS))
     for cases in by_layout(group)])
 def test_gradients_equal_one_process_in_every_layout(oracle, cases):
