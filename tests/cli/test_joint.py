@@ -130,6 +130,9 @@ def test_evaluate_and_encode_a_directory_as_bge_m3_s(small_beir, tmp_path):
     assert len({expected[f"{prefix}map"] for prefix in ("", "dense/", "sparse/", "multi_vector/")}) == 4
     arguments = ["--model", str(directory), "--data", str(small_beir)]
     assert evaluated([*arguments, "--head", "joint"], 2) == pytest.approx(expected, abs=1e-6)
+    for axis in ("pipeline", "tensor"):
+        assert evaluated([*arguments, "--head", "joint", f"parallel.{axis}_model_parallel_size=2"], 2) == pytest.approx(
+            expected, abs=1e-6)
     plain = evaluated(arguments, 1)
     assert plain == pytest.approx({name: expected[f"dense/{name}"] for name in plain}, abs=1e-6)
     assert_encoded(directory, tmp_path, list(documents.values())[:5], ids[:5], of_document[:5])
