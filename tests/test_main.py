@@ -262,7 +262,7 @@ def test_help_has_examples_that_parse_and_a_page_that_exists(name):
 def test_help_says_every_default():
     for name, parser in every_parser():
         for action in parser._actions:
-            if action.option_strings and action.default not in (None, False, (), [], argparse.SUPPRESS):
+            if action.option_strings and action.default not in (None, False, (), [], {}, argparse.SUPPRESS):
                 said = str(action.default) in action.help or "without N" in action.help
                 assert said, f"{name} {action.option_strings[0]}: {action.default!r} is not in its help"
 

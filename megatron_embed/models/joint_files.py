@@ -9,15 +9,15 @@ import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.objective import SCORE_WEIGHTS
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import open_regular
+
+if TYPE_CHECKING:  # `doctor` and `plan` read these files without torch, unless there are tensors
+    from torch import Tensor
 
 VECTORS_FILE, WEIGHTS_FILE = "colbert_linear.pt", "sparse_linear.pt"
 SETTINGS_FILE = "joint_heads.json"
@@ -79,7 +79,7 @@ def remove_joint_heads(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def read_joint_heads(folder: Path) -> dict[str, Tensor] | None:
+def read_joint_heads(folder: Path) -> "dict[str, Tensor] | None":
     """The layer of both heads, as `joint_projection` describes it: `weight` [dim + 1, hidden], `bias` [dim + 1], those
     of the tokens' weights in the last row; None: the directory has neither file.
 
@@ -91,6 +91,8 @@ def read_joint_heads(folder: Path) -> dict[str, Tensor] | None:
     if len(present) == 1:
         missing = WEIGHTS_FILE if present == [VECTORS_FILE] else VECTORS_FILE
         raise CheckpointError(f"{folder / missing}: no such file, and {present[0]} is there; fetch both, or remove it")
+    import torch
+
     vectors, weights = (_layer(folder / name) for name in (VECTORS_FILE, WEIGHTS_FILE))
     hidden = vectors["weight"].shape[1]
     if tuple(weights["weight"].shape) != (1, hidden):
@@ -99,14 +101,18 @@ def read_joint_heads(folder: Path) -> dict[str, Tensor] | None:
     return {name: torch.cat([vectors[name], weights[name]]) for name in ("weight", "bias")}
 
 
-def write_joint_heads(folder: Path, tensors: dict[str, Tensor]) -> None:
+def write_joint_heads(folder: Path, tensors: "dict[str, Tensor]") -> None:
     """Write both files; `tensors` as `read_joint_heads` gives them."""
+    import torch
+
     for name, rows in ((VECTORS_FILE, slice(None, -1)), (WEIGHTS_FILE, slice(-1, None))):
         torch.save({key: tensor[rows].contiguous().clone() for key, tensor in tensors.items()}, folder / name)
 
 
-def _layer(file: Path) -> dict[str, Tensor]:
+def _layer(file: Path) -> "dict[str, Tensor]":
     """weight [outputs, inputs] and bias [outputs] of a file."""
+    import torch
+
     try:
         with open_regular(file) as opened:
             if file.stat().st_size > _LARGEST_FILE:
@@ -120,7 +126,7 @@ def _layer(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: not readable as tensors alone ({named}); fetch it again from a source that you "
                               "trust") from error
     good = isinstance(values, dict) and set(values) == {"weight", "bias"} and all(
-        isinstance(value, Tensor) and value.is_floating_point() for value in values.values())
+        isinstance(value, torch.Tensor) and value.is_floating_point() for value in values.values())
     if not good or values["weight"].dim() != 2 or values["bias"].shape != values["weight"].shape[:1] or (
             not 0 < len(values["weight"]) <= _LARGEST_DIM):
         raise CheckpointError(f"{file}: must hold weight [outputs, inputs] and bias [outputs], and nothing else, as "
