@@ -5,6 +5,7 @@ follow from lengths and angles. So each tensor is read twice in blocks, for its 
 memory holds one output tensor and some blocks, whatever the number of layers and models.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from megatron_embed.convert.checkpoint_directory import copy_files, is_checkpoint, staging, write_json
 from megatron_embed.convert.dense_tensors import STORED_NAMES, DenseWeights, read_dense, write_dense
 from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.merge_joint import HeadTensors, merge_joint_heads
 from megatron_embed.convert.merge_match import require_mergeable
 from megatron_embed.convert.report import MergeReport, progress
 from megatron_embed.convert.storage.safetensors_file import checksum
@@ -34,7 +36,7 @@ PARALLEL = 0.9995
 EPSILON = 1e-8
 _BLOCK_ELEMENTS = 1 << 22
 """Elements of one tensor that are in float64 at the same time."""
-TensorSource = HFDirectory | DenseWeights
+TensorSource = HFDirectory | DenseWeights | HeadTensors
 
 
 def merge_models(models: Sequence[str | Path], destination: str | Path, *, method: MergeMethod,
@@ -78,6 +80,8 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
                     writer.write(first.stored_names[name], merged)
             _verify(work, checksums)
             _merge_dense(work, opened, origin, method, factors)
+            merge_joint_heads(work, [model.path for model in opened], None if origin is None else origin.path,
+                              functools.partial(merge_tensor, method=method, weights=factors))
     return MergeReport(destination=Path(destination), method=method, models=len(models), tensors=len(full_names),
                        total_bytes=total, seconds=time.monotonic() - started)
 

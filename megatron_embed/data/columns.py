@@ -52,18 +52,29 @@ class Columns:
         """The error for a row, as it is written, without a column whose field every row needs."""
         return self._error(name, row, source, f"every row needs {self._fields[name]!r}; correct the name, or the row")
 
+    def ambiguous(self, name: str, row: Row, source: str) -> DataError:
+        """The error for a row, as it is written, without a column, but with one that has the name of its field."""
+        field = self._fields[name]
+        return self._error(name, row, source, f"its own {field!r} is not read in place of it: correct the name, or the "
+                           "row", (field,))
+
     def require_found(self, present: Collection[str], first_row: Callable[[], tuple[Row, str]],
-                      known: Collection[str]) -> None:
-        """Raise DataError for a column that no row has.
+                      known: Collection[str], ignored: Collection[str]) -> None:
+        """Raise DataError for a column that no row has, or that is no field.
 
         Args:
             present: the columns that some row has.
             first_row: reads the first row as it is written, with its FILE:LINE.
             known: fields of the file's format.
+            ignored: those of our fields that rows of this format do not have.
         """
         if absent := [name for name in self._fields if name not in present]:
             raise self._error(absent[0], *first_row(), "no other row has it either; correct the name, or leave it out",
                               known)
+        for name, field in self._fields.items():
+            if field in ignored:
+                raise DataError(f"{first_row()[1]}: {self._key} says that {shortened(name)} is {shortened(field)}, "
+                                f"which is no field of these rows ({', '.join(known)}); correct it, or leave it out")
 
     def _error(self, name: str, row: Row, source: str, remedy: str, known: Collection[str] = ()) -> DataError:
         field, is_option = self._fields[name], self._key == COLUMNS_OPTION

@@ -60,7 +60,7 @@ class RecordFile(IndexedEntry):
             raise DataError(f"{self.path}:1: no rows; a row is one line such as "
                             '{"query": "...", "positive": ["..."], "negatives": ["..."]}')
         self.take_index(index)
-        self._reader.columns.require_found(index.summary.columns, lambda: self._written(0), self._reader.format.known)
+        self._reader.require_columns(index.summary.columns, lambda: self._written(0))
         self.digest = _as_read(self._rows.digest if self._files is None else _of_several(
             [digest.hexdigest() for digest in index.file_digests], isinstance(self._rows, SeveralRows)), self.file)
         logger.info("%s: %d rows of the format %s", self.path, len(self), self._reader.format.name)

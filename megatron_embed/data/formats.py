@@ -1,7 +1,7 @@
 """The formats of rows, the detection of a file's format from the keys of its first row, and rows to records."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from megatron_embed.config.data import TrainFile
@@ -261,9 +261,19 @@ class RowReader:
         if absent and form is None and format_of(renamed) is None:
             form = format_of({*renamed, *absent.values()})
         for name, field in absent.items():
-            is_swapped = self.format is None and field in written and not any(field in form.known for form in FORMATS)
+            is_field = any(field in form.known for form in FORMATS)
+            is_swapped = self.format is None and field in written and not is_field
             if is_swapped or (form is not None and field in form.required and field not in renamed):
                 raise self.columns.needed(name, written, source)
+            if is_field and field in renamed:  # it would be read in some rows, and in others be replaced
+                raise self.columns.ambiguous(name, written, source)
+
+    def require_columns(self, present: Collection[str], first_row: Callable[[], tuple[Row, str]]) -> None:
+        """Raise DataError for a column that no row has, or that is a field which rows of this format do not have; see
+        Columns.require_found. Not before a row was read."""
+        assert self.format is not None
+        self.columns.require_found(present, first_row, self.format.known, self.format.ignored(
+            dict.fromkeys(self._file.columns.values())))
 
     def _rescaled(self, record: AnyRecord) -> AnyRecord:
         """The pair with the lowest score of the entry's range as 0 and the highest as 1."""

@@ -29,7 +29,7 @@ from megatron_embed.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 2
+READER_VERSION = 3
 """Raise it when other rows are accepted, or other values are read from them."""
 NO_DIRECTORY = "none"
 """Value of data.index_directory for an index that is not kept."""

@@ -64,7 +64,7 @@ def load_sts(path: str, key: str = "evaluation.sts", columns: dict[str, str] | N
         scores.append(record.score)
         sources.append(source)
     if reader.format is not None:
-        reader.columns.require_found(reader.columns.present, first.pop, reader.format.known)
+        reader.require_columns(reader.columns.present, lambda: first[0])
     if len(set(scores)) < 2:
         raise DataError(f"{path}:1: {len(scores)} rows with {len(set(scores))} different scores have no correlation; "
                         "add pairs with other scores")

@@ -13,7 +13,13 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.dense import initialize_dense
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.encoder import EmbeddingModel
-from megatron_embed.models.joint_files import VECTORS_FILE, read_joint_heads
+from megatron_embed.models.joint_files import (
+    SETTINGS_FILE,
+    VECTORS_FILE,
+    WEIGHTS_FILE,
+    find_joint_heads,
+    read_joint_heads,
+)
 
 if TYPE_CHECKING:
     from megatron_embed.loading.model_directory import ModelDirectory
@@ -22,7 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def holds_dense_weights(model: "ModelDirectory", dense: Sequence[DenseSettings]) -> bool:
-    """Whether the weights of these Dense modules are among the checkpoint's tensors, not in the model's directory."""
+    """Whether the weights of these Dense modules are among the checkpoint's tensors, not in the model's directory.
+
+    Those of a joint model are not these modules, unless the model is used as one.
+    """
+    if model.joint is None and (model.hf / SETTINGS_FILE).is_file():
+        return False
     return (model.checkpoint is not None and bool(dense) and model.dense_directory == model.root
             and any(key.startswith(DENSE_KEYS) for key in keys_of(model.checkpoint)))
 
@@ -57,6 +68,10 @@ def _load_joint_heads(model: "ModelDirectory", chunks: Sequence[EmbeddingModel],
     assert model.joint is not None
     tensors = read_joint_heads(model.hf)
     if tensors is None:
+        if find_joint_heads(model.hf) is not None:
+            raise CheckpointError(f"{model.hf / VECTORS_FILE}: no such file, and {SETTINGS_FILE} beside it says that "
+                                  f"the model has joint heads; fetch it and {WEIGHTS_FILE} too, or remove "
+                                  f"{SETTINGS_FILE} to train new heads")
         logger.info("%s has no heads of a joint model: the run adds new ones, a weight and a vector of %d numbers for "
                     "every token", model.path, model.joint.token_dim)
     elif tensors["weight"].shape[1] != model.joint.hidden_size:

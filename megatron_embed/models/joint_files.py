@@ -126,7 +126,8 @@ def _layer(file: Path) -> "dict[str, Tensor]":
         raise CheckpointError(f"{file}: not readable as tensors alone ({named}); fetch it again from a source that you "
                               "trust") from error
     good = isinstance(values, dict) and set(values) == {"weight", "bias"} and all(
-        isinstance(value, torch.Tensor) and value.is_floating_point() for value in values.values())
+        isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout == torch.strided
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes() for value in values.values())
     if not good or values["weight"].dim() != 2 or values["bias"].shape != values["weight"].shape[:1] or (
             not 0 < len(values["weight"]) <= _LARGEST_DIM):
         raise CheckpointError(f"{file}: must hold weight [outputs, inputs] and bias [outputs], and nothing else, as "

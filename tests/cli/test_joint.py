@@ -1,6 +1,8 @@
 """Joint heads in runs, checkpoints, exports and commands, held against Transformers and BGE-M3's two files."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.joint_files import JointHeads as StoredHeads
+from megatron_embed.models.joint_files import write_settings_file
 from tests.helpers.commands import evaluated, small_beir  # noqa: F401
 from tests.helpers.foreign_directories_helpers import save_directory
 from tests.helpers.joint_reference import JointHeads, add_joint_heads, largest_weights, scores_of_texts
@@ -191,6 +195,8 @@ def test_sizes_of_the_heads_are_the_directory_s_else_the_hidden_size(tmp_path):
 
 
 def test_options_of_heads_that_a_model_has_not(tmp_path):
+    from megatron_embed.config.vector_format import JointFormat
+    from megatron_embed.loading.dense_weights import load_dense_weights
     from megatron_embed.loading.joint_heads import as_joint_model
     from megatron_embed.loading.model_directory import find_model
 
@@ -203,7 +209,27 @@ def test_options_of_heads_that_a_model_has_not(tmp_path):
         as_joint_model(several, "--model", normalize=False)
     with pytest.raises(ConfigError, match="embedding.pooling = 'weightedmean'.*cls, mean, lasttoken"):
         as_joint_model(several, "--model", normalize=True).pooling(None)
+    chunk = SimpleNamespace(dense=None)
+    load_dense_weights(dataclasses.replace(plain, joint=JointFormat(hidden_size=32, token_dim=12)), [chunk], 1, ())
+    write_settings_file(plain.hf, StoredHeads(dim=12))
+    with pytest.raises(CheckpointError, match="colbert_linear.pt: no such file, and joint_heads.json beside it"):
+        load_dense_weights(as_joint_model(plain, "--model", normalize=True), [chunk], 1, ())
     (directory / "sparse_linear.pt").write_bytes(b"damaged")
     assert find_model(str(directory)).pooling(None) == "weightedmean", "a dense model reads no heads"
     with pytest.raises(CheckpointError, match="sparse_linear.pt: not readable"):
         as_joint_model(find_model(str(directory)), "--model", normalize=True)
+
+
+def test_the_heads_in_a_checkpoint_are_no_dense_module(tmp_path, monkeypatch):
+    """A layer of as many outputs that a dense run adds to a joint run's checkpoint begins with weights of its own."""
+    from megatron_embed.loading import dense_weights
+    from megatron_embed.models.dense_settings import DenseSettings
+
+    monkeypatch.setattr(dense_weights, "keys_of", lambda checkpoint: {f"{dense_weights.DENSE_KEYS}0.weight"})
+    settings = [DenseSettings(in_features=32, out_features=13, bias=False, activation="identity")]
+    model = SimpleNamespace(checkpoint=tmp_path, hf=tmp_path, root=tmp_path, dense_directory=tmp_path, joint=None)
+    assert dense_weights.holds_dense_weights(model, settings)
+    write_settings_file(tmp_path, StoredHeads(dim=12))
+    assert not dense_weights.holds_dense_weights(model, settings)
+    model.joint = StoredHeads(dim=12)
+    assert dense_weights.holds_dense_weights(model, settings)

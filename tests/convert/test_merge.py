@@ -14,6 +14,8 @@ from sentence_transformers import SentenceTransformer
 from megatron_embed.__main__ import main
 from megatron_embed.convert.merge import MERGE_FILE, merge_models
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.joint_files import JointHeads, read_joint_heads, write_settings_file
+from tests.helpers.joint_reference import add_joint_heads
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.tensor_files import assert_bit_equal, edit_config, edit_tensors, tensors_of
 from tests.helpers.toys import MINILM, save_toy
@@ -119,6 +121,26 @@ def test_equal_weights_are_the_default_and_the_first_model_gives_the_files(model
     told = json.loads((tmp_path / "one" / MERGE_FILE).read_text())
     assert told == {"method": "linear", "models": [str(path) for path in others], "weights": [1.0] * 3, "base": None}
     assert {entry.name for entry in tmp_path.iterdir()} == {"one", "other"}
+
+
+def test_joint_heads_are_merged_or_left_out(models, tmp_path):
+    base, others = models
+    folders = [shutil.copytree(folder, tmp_path / f"model{index}") for index, folder in enumerate([base, *others[:2]])]
+    for seed, folder in enumerate(folders[1:]):
+        add_joint_heads(folder, hidden=64, seed=seed)
+    first, second = (read_joint_heads(folder) for folder in folders[1:])
+    merge_models(folders[1:], tmp_path / "merged", method="linear", weights=[1, 3])
+    for name, tensor in read_joint_heads(tmp_path / "merged").items():
+        torch.testing.assert_close(tensor, (first[name] + 3 * second[name]) / 4)
+        assert not torch.equal(first[name], second[name])
+    merge_models(folders[1:], tmp_path / "of_base", method="task_arithmetic", base=folders[0])
+    merge_models(folders[1::-1], tmp_path / "dense", method="linear")
+    for name in ("of_base", "dense"):
+        assert not list((tmp_path / name).glob("*.pt")), "a head that its backbone was not trained with"
+    write_settings_file(folders[2], JointHeads(dim=12, score_weights=(1.0, 0.5, 1.0)))
+    with pytest.raises(CheckpointError, match="cannot be merged: their joint heads are"):
+        merge_models(folders[1:], tmp_path / "refused", method="linear")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_close_models_are_interpolated_on_the_chord(tmp_path):

@@ -160,6 +160,20 @@ def test_column_of_an_optional_field_may_be_absent(tmp_path, columns):
         records(path, columns=columns)
 
 
+def test_column_that_is_no_field_or_a_field_beside_it_is_refused(tmp_path):
+    path = write(tmp_path / "rows.jsonl", '{"q": "a", "positive": "b", "bad": "c"}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:1: data.train.columns says that 'bad' is 'foo', which is no field "
+                                        r"of these rows \(query, positive, negatives, "):
+        records(path, columns={"q": "query", "bad": "foo"})
+    for column, field in (("q", "query"), ("bad", "negatives")):
+        row = {"q": "a", "positive": "b", "bad": "c", field: "other"}
+        del row[column]
+        both = write(tmp_path / "both.jsonl", path.read_text() + json.dumps(row) + "\n")
+        with pytest.raises(DataError, match=f"both.jsonl:2: data.train.columns names '{column}', and the row has .*; "
+                                            f"its own '{field}' is not read in place of it: correct the name, or "):
+            records(both, columns={"q": "query", "bad": "negatives"})
+
+
 def test_column_that_no_row_has_is_refused(tmp_path):
     jsonl = write(tmp_path / "rows.jsonl", '{"q": "a", "positive": "b", "bad": "c"}\n' * 2)
     table = write(tmp_path / "rows.csv", "q,positive,bad\na,b,c\n")

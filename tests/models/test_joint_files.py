@@ -64,6 +64,8 @@ def damaged(name, folder, marker):
         torch.save({"weight": torch.zeros(1, 5), "bias": torch.zeros(1)}, weights)
     elif name == "more":
         torch.save({"weight": torch.zeros(1, 6), "bias": torch.zeros(1), "third": torch.zeros(1)}, weights)
+    elif name == "expanded":
+        torch.save({"weight": torch.zeros(1, 1).expand(1, 1 << 40), "bias": torch.zeros(1)}, weights)
     elif name == "integers":
         torch.save({"weight": torch.zeros(1, 6, dtype=torch.int64), "bias": torch.zeros(1)}, weights)
     elif name == "other size":
@@ -78,7 +80,8 @@ def damaged(name, folder, marker):
     ("code", "sparse_linear.pt: not readable as tensors alone.*names code, which is never run"),
     ("cut", "colbert_linear.pt: not readable as tensors alone"), ("one alone", "sparse_linear.pt: no such file"),
     ("pipe", "sparse_linear.pt"), ("another width", r"must be \[1, 6\] beside"), ("more", "nothing else"),
-    ("integers", "must hold weight"), ("other size", "embedding_dim = 5, and colbert_linear.pt gives vectors of 4"),
+    ("integers", "must hold weight"), ("expanded", "sparse_linear.pt: must hold weight"),
+    ("other size", "embedding_dim = 5, and colbert_linear.pt gives vectors of 4"),
     ("no weights", "joint_heads.json: no usable"), ("negative", "score_weights must be 3 numbers >= 0")])
 def test_what_is_no_head_is_refused(name, message, tmp_path):
     write_joint_heads(tmp_path, heads())
