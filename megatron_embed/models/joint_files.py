@@ -23,6 +23,8 @@ VECTORS_FILE, WEIGHTS_FILE = "colbert_linear.pt", "sparse_linear.pt"
 SETTINGS_FILE = "joint_heads.json"
 _LARGEST_FILE = 1 << 30
 _LARGEST_DIM = 1 << 20
+_LARGEST_WEIGHT = 1e30
+"""A sum of scores stays finite in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,9 @@ def _stated(file: Path) -> JointHeads:
         raise CheckpointError(f"{file}: embedding_dim = {str(dim)[:40]!r} must be a whole number from 1 to "
                               f"{_LARGEST_DIM:,}; fetch it again")
     if len(weights) != len(SCORE_WEIGHTS) or not all(
-            type(weight) in (int, float) and 0 <= weight < float("inf") for weight in weights):
-        raise CheckpointError(f"{file}: score_weights must be {len(SCORE_WEIGHTS)} numbers >= 0; fetch it again")
+            type(weight) in (int, float) and 0 <= weight <= _LARGEST_WEIGHT for weight in weights) or not any(weights):
+        raise CheckpointError(f"{file}: score_weights must be {len(SCORE_WEIGHTS)} numbers from 0 to "
+                              f"{_LARGEST_WEIGHT:g}, not all 0; fetch it again")
     return JointHeads(dim=dim, score_weights=weights)
 
 

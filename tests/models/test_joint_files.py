@@ -73,7 +73,8 @@ def damaged(name, folder, marker):
     elif name == "no weights":
         settings.write_text(json.dumps({"embedding_dim": 4}))
     else:
-        settings.write_text(json.dumps({"embedding_dim": 4, "score_weights": [1, -1, 1]}))
+        weights_of = {"negative": [1, -1, 1], "all 0": [0, 0, 0], "too large": [1, 10**400, 1]}
+        settings.write_text(json.dumps({"embedding_dim": 4, "score_weights": weights_of[name]}))
 
 
 @pytest.mark.parametrize("name, message", [
@@ -82,7 +83,9 @@ def damaged(name, folder, marker):
     ("pipe", "sparse_linear.pt"), ("another width", r"must be \[1, 6\] beside"), ("more", "nothing else"),
     ("integers", "must hold weight"), ("expanded", "sparse_linear.pt: must hold weight"),
     ("other size", "embedding_dim = 5, and colbert_linear.pt gives vectors of 4"),
-    ("no weights", "joint_heads.json: no usable"), ("negative", "score_weights must be 3 numbers >= 0")])
+    ("no weights", "joint_heads.json: no usable"),
+    *((name, r"score_weights must be 3 numbers from 0 to 1e\+30, not all 0")
+      for name in ("negative", "all 0", "too large"))])
 def test_what_is_no_head_is_refused(name, message, tmp_path):
     write_joint_heads(tmp_path, heads())
     marker = tmp_path / "ran"
