@@ -1,4 +1,4 @@
-"""What a run trains, built from its inputs: by the run itself, and by an audit that makes its steps again."""
+"""The objects that a run trains, built from its inputs by the run itself and by an audit that repeats its steps."""
 
 import torch
 

@@ -334,25 +334,35 @@ MULTI_VECTOR_EXPERTS = (Layout(dp=2, ep=2), Layout(tp=2, ep=2), Layout(cp=2, ep=
                         Layout(pp=2, dp=2, ep=2))
 
 
+def _micro_batches(layout: Layout, turn: int) -> int:
+    """1, 2 or 4 in turn, of those that the layout can run."""
+    smallest = layout.pp if layout.vpp > 1 else 1
+    counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= 16]
+    return counts[turn % len(counts)]
+
+
+def _with_token_budgets(**head: str) -> list[Case]:
+    """Cases with micro-batches by tokens; `head`: what the model gives, as `sparse="flops"`."""
+    return [Case(kind=kind, layout=layout, tokens=tokens, rows="masked", first_pass=first_pass, **head)
+            for layout, kind, tokens, first_pass in (
+                (Layout(dp=2), "bert", 144, 1), (Layout(tp=2, dp=2), "qwen3", 176, 2),
+                (Layout(cp=2, dp=2), "bert", 144, 1), (Layout(pp=2, dp=2), "qwen3", 144, 1))]
+
+
 def multi_vector_cases() -> list[Case]:
     """Models of a vector per token: documents' vectors travel in tiles."""
     formats = ("plain", "colbert", "attended")
     cases = []
     for index, layout in enumerate(MULTI_VECTOR_LAYOUTS):
-        smallest = layout.pp if layout.vpp > 1 else 1
         for turn, kind in enumerate(("bert", "qwen3")):
             if layout == Layout(tp=2, sequence_parallel=False) and kind not in _kinds(layout):
                 continue
-            counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= 16]
-            cases.append(Case(kind=kind, layout=layout, micro_batches=counts[(index + turn) % len(counts)],
+            cases.append(Case(kind=kind, layout=layout, micro_batches=_micro_batches(layout, index + turn),
                               multi=formats[(index + turn) % 3], distributed=(index + turn) % 2 == 0,
                               rows="masked" if (index // 2 + turn) % 2 else "short"))
     cases += [Case(kind="qwen3_moe", layout=layout, micro_batches=2, multi=formats[index % 3],
                    aux=AUX_COEFFICIENT if index % 2 else 0.0) for index, layout in enumerate(MULTI_VECTOR_EXPERTS)]
-    cases += [Case(kind=kind, layout=layout, tokens=tokens, rows="masked", multi="colbert", first_pass=first_pass)
-              for layout, kind, tokens, first_pass in (
-                  (Layout(dp=2), "bert", 144, 1), (Layout(tp=2, dp=2), "qwen3", 176, 2),
-                  (Layout(cp=2, dp=2), "bert", 144, 1), (Layout(pp=2, dp=2), "qwen3", 144, 1))]
+    cases += _with_token_budgets(multi="colbert")
     cases += [Case(kind="bert", layout=layout, micro_batches=2, negatives="micro_batch", multi="plain")
               for layout in (Layout(dp=2), Layout(tp=2), Layout(pp=2))]
     cases += [Case(kind="bert", layout=layout, micro_batches=2, multi="plain", keep=1) for layout in (
@@ -369,10 +379,8 @@ def sparse_cases() -> list[Case]:
     the tensor-parallel ranks, and padded there."""
     cases = []
     for index, layout in enumerate(SPARSE_LAYOUTS):
-        smallest = layout.pp if layout.vpp > 1 else 1
         for turn, (kind, sparse) in enumerate((("bert", ("flops", "l1")[index % 2]), ("qwen3", "tied"))):
-            counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= 16]
-            cases.append(Case(kind=kind, layout=layout, micro_batches=counts[(index + turn) % len(counts)],
+            cases.append(Case(kind=kind, layout=layout, micro_batches=_micro_batches(layout, index + turn),
                               sparse=sparse, distributed=(index + turn) % 2 == 0,
                               rows="masked" if (index // 2 + turn) % 2 else "short"))
     cases += [Case(kind="qwen3", layout=layout, micro_batches=2, sparse="flops", distributed=index % 2 == 0)
@@ -380,10 +388,7 @@ def sparse_cases() -> list[Case]:
                                               Layout(cp=2), Layout(tp=2, dp=2), Layout(tp=2, cp=2)))]
     cases += [Case(kind="qwen3_moe", layout=layout, micro_batches=2, sparse="flops",
                    aux=AUX_COEFFICIENT if index % 2 else 0.0) for index, layout in enumerate(MULTI_VECTOR_EXPERTS)]
-    cases += [Case(kind=kind, layout=layout, tokens=tokens, rows="masked", sparse="flops", first_pass=first_pass)
-              for layout, kind, tokens, first_pass in (
-                  (Layout(dp=2), "bert", 144, 1), (Layout(tp=2, dp=2), "qwen3", 176, 2),
-                  (Layout(cp=2, dp=2), "bert", 144, 1), (Layout(pp=2, dp=2), "qwen3", 144, 1))]
+    cases += _with_token_budgets(sparse="flops")
     cases += [Case(kind="bert", layout=layout, micro_batches=2, sparse="l1", keep=1) for layout in (
         Layout(dp=2), Layout(tp=2, dp=2))]
     return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
@@ -393,19 +398,14 @@ def joint_cases() -> list[Case]:
     """Joint models: three scores of every pair, by outputs of a text and of its tokens."""
     cases = []
     for index, layout in enumerate(MULTI_VECTOR_LAYOUTS):
-        smallest = layout.pp if layout.vpp > 1 else 1
         for turn, kind in enumerate(("bert", "qwen3")):
-            counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= 16]
-            cases.append(Case(kind=kind, layout=layout, micro_batches=counts[(index + turn) % len(counts)],
+            cases.append(Case(kind=kind, layout=layout, micro_batches=_micro_batches(layout, index + turn),
                               joint=("distilled", "plain")[(index // 3 + turn) % 2],
                               distributed=(index + turn) % 2 == 0,
                               rows="masked" if (index // 2 + turn) % 2 else "short"))
     cases += [Case(kind="qwen3_moe", layout=layout, micro_batches=2, joint="distilled",
                    aux=AUX_COEFFICIENT if index % 2 else 0.0) for index, layout in enumerate(MULTI_VECTOR_EXPERTS)]
-    cases += [Case(kind=kind, layout=layout, tokens=tokens, rows="masked", joint="distilled", first_pass=first_pass)
-              for layout, kind, tokens, first_pass in (
-                  (Layout(dp=2), "bert", 144, 1), (Layout(tp=2, dp=2), "qwen3", 176, 2),
-                  (Layout(cp=2, dp=2), "bert", 144, 1), (Layout(pp=2, dp=2), "qwen3", 144, 1))]
+    cases += _with_token_budgets(joint="distilled")
     cases += [Case(kind="bert", layout=layout, micro_batches=2, negatives="micro_batch", joint="distilled")
               for layout in (Layout(dp=2), Layout(tp=2), Layout(pp=2))]
     cases += [Case(kind="bert", layout=layout, micro_batches=2, joint="plain", keep=1) for layout in (
@@ -444,10 +444,8 @@ def other_model_cases() -> list[Case]:
         "compatible", "query side", "guided", "distilled")
     cases = []
     for index, layout in enumerate(OTHER_MODEL_LAYOUTS):
-        smallest = layout.pp if layout.vpp > 1 else 1
-        counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= 16]
         cases += [Case(kind=("bert", "qwen3")[(index + turn) % 2], layout=layout, others=others,
-                       micro_batches=counts[(index + turn) % len(counts)], distributed=(index + turn) % 2 == 0,
+                       micro_batches=_micro_batches(layout, index + turn), distributed=(index + turn) % 2 == 0,
                        rows="masked" if others != "distilled" and (index + turn) % 3 == 0 else "short")
                   for turn, others in enumerate(kinds)]
     cases += [Case(kind="bert", layout=layout, tokens=48 if others == "query side" else 144, rows="masked",
@@ -488,9 +486,9 @@ SPARSE_TEMPERATURE = 60.0
 """Divides sums over hundreds of tokens of the vocabulary: dot products of up to 900, which float32 rounds by 6e-5. The
 error of a probability is that over the temperature."""
 SPARSE_WEIGHTS = {"flops": (0.001, 0.0008), "tied": (0.001, 0.0008), "l1": (0.001, 0.0008)}
-"""Of the regularizers of queries and documents: terms of about half the size of the loss."""
+"""Weights of the regularizers of queries and documents: terms of about half the size of the loss."""
 JOINT_SCORE_WEIGHTS, JOINT_LOSS_WEIGHTS = (1.0, 0.3, 0.8), (0.9, 0.4, 1.0)
-"""Of a joint model's dense, sparse and multi-vector scores, and of their losses."""
+"""Weights of a joint model's dense, sparse and multi-vector scores, and of their losses."""
 JOINT_TEMPERATURE = 0.3
 MULTI_VECTOR_TEMPERATURE = 0.5
 """Divides sums over a dozen vectors."""
