@@ -35,7 +35,8 @@ packages() {
         printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" && made=true
     fi
     local names=(slurm-wlm munge shellcheck g++)
-    apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends "${names[@]}" >/dev/null 2>&1 ||
+    apt-get update -qq -o Acquire::Retries=5 >/dev/null &&
+        apt-get install -y -qq -o Acquire::Retries=5 --no-install-recommends "${names[@]}" >/dev/null 2>&1 ||
         echo "APT-GET COULD NOT INSTALL ${names[*]}: tests that need them are left out" >&2
     if $made; then
         rm -f "$policy"
