@@ -133,7 +133,7 @@ class Measured:
     answers: list[bytes | None] = field(default_factory=list)
     """In the order of the texts; None: lost."""
     seconds: list[float] = field(default_factory=list)
-    """Of each answer."""
+    """Seconds that each answer took."""
     wall: list[float] = field(default_factory=list)
     """Seconds of each slice."""
     cpu: list[float] = field(default_factory=list)

@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def processor_seconds() -> float:
-    """Of this process, and of those that it started, so far."""
+    """CPU seconds of this process and its children so far."""
     own = psutil.Process()
     times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
     return sum(time.user + time.system for time in times)

@@ -109,7 +109,7 @@ def run_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def name_of(beir: str) -> str:
-    """Of a set: its folder, or the one above a folder `beir`."""
+    """Name of a data set: that of its folder, or of the one above a folder `beir`."""
     folder = Path(beir).resolve()
     return folder.parent.name if folder.name == "beir" else folder.name
 

@@ -40,7 +40,7 @@ class Family:
     """A model family of the table."""
 
     prefix: str
-    """Of Transformers' classes."""
+    """First part of the names of Transformers' classes, such as `Bert`."""
     settings: dict[str, Any]
     tokenizer: Callable[[Path, Path], dict[str, Any]]
     """Writes the tokenizer, from the folder of given ones, into a directory; settings of config.json that follow."""

@@ -48,7 +48,7 @@ def test_changes_are_seen(whole, change, different):
 
 
 def test_one_token_is_seen(whole):
-    """Of a document: its queries stay as they are."""
+    """A changed token of a document changes the documents' hash, and not the queries'."""
     batch = batch_with(real_records(ROWS))
     micro = batch.micro_batches[0]
     micro.token_ids[int(micro.cu_seqlens[-1]) - 1] += 1

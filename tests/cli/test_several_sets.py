@@ -13,7 +13,7 @@ from tests.helpers.runs import go_back
 from tests.helpers.toys import MINI_EN, save_model
 
 STEPS = 6
-"""Of the 8 of an epoch."""
+"""Steps to train; an epoch has 8."""
 
 
 def configured(folder, model, run):

@@ -65,7 +65,7 @@ def test_every_step_is_of_one_set_and_each_has_its_share_all_along(sets: list[st
 
 
 def largest_deviations(sets: NDArray[np.int64], shares: Sequence[float], window: int) -> tuple[float, float]:
-    """Of a set's turns from its share, after any number of steps and in any so many consecutive steps."""
+    """Largest deviation of a set's number of turns from its share: after any step, and in any `window` steps."""
     taken = np.zeros((len(sets) + 1, len(shares)), dtype=np.int64)
     taken[np.arange(1, len(sets) + 1), sets] = 1
     counts = taken.cumsum(axis=0)

@@ -13,7 +13,7 @@ from tests.helpers.foreign_directories_helpers import FLAT
 
 
 class Tokenizer:
-    """Of which ChatTemplate needs the template alone, rendered as Transformers does."""
+    """A tokenizer with nothing but a chat template, which it renders as Transformers does."""
 
     def __init__(self, template):
         self.chat_template = template

@@ -95,7 +95,7 @@ class Stored:
     dims: tuple[int, ...]
     precisions: tuple[Precision, ...]
     weights: tuple[float, ...]
-    """Of the precisions."""
+    """One weight for each precision."""
 
 
 STORED = {"int8": Stored(dims=(30,), precisions=("float32", "int8"), weights=(1.0, 0.5)),
@@ -139,7 +139,7 @@ class Case:
     multi: str = ""
     """A multi-vector model, by the name of its format in multi_vector_reference.FORMATS; empty: one vector per text."""
     loss: Literal["info_nce", "margin_mse", "kl_distillation"] = "info_nce"
-    """Of a multi-vector model."""
+    """The loss of a multi-vector model."""
     sparse: str = ""
     """A sparse model, by its name in sparse_reference.SPARSE; empty: it is none."""
     joint: str = ""

@@ -26,7 +26,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1.0e4, "factor": 8.0, "low_freq_f
           "original_max_position_embeddings": 32}
 """Llama 3's rope scaling: of the 8 frequencies of a head of 16, two stay, one is blended and five are divided."""
 SMALL_IDS = {f"{name}_token_id": index for index, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
-"""Of configurations whose defaults lie beyond a small vocabulary."""
+"""Special token ids for configurations whose defaults exceed a small vocabulary."""
 MODERNBERT = {"vocab_size": 103, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
               "intermediate_size": 48, "max_position_embeddings": 96, "local_attention": 12,
               "local_rope_theta": 50.0} | SMALL_IDS
@@ -107,7 +107,7 @@ DECODERS = tuple(name for name in CAUSAL_LM if name != "EmbeddingGemma")
 """Those that are causal by themselves."""
 CLASSES = {"T5Model": "T5EncoderModel", "T5ForMaskedLM": "T5ForConditionalGeneration",
            "Gemma3TextForCausalLM": "Gemma3ForCausalLM"}
-"""Of a family whose classes have other names."""
+"""Transformers' class to build for a name that its family lacks or spells otherwise."""
 LAYOUTS: dict[str, dict[str, int]] = {
     "1 rank": {}, "TP2": {"tensor_model_parallel_size": 2}, "PP2": {"pipeline_model_parallel_size": 2},
     "CP2": {"context_parallel_size": 2}, "EP2": {"expert_model_parallel_size": 2},

@@ -165,7 +165,7 @@ class _Worker:
         return self.nursery.has_ended(self.process)
 
     def threads(self) -> int:
-        """Of the process, as far as the system tells: 0 elsewhere than on Linux."""
+        """Number of threads of the process; 0 on systems without /proc."""
         with contextlib.suppress(OSError):
             return len(os.listdir(f"/proc/{self.process}/task"))
         return 0

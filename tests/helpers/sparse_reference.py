@@ -87,7 +87,7 @@ def _teach(model: Any, path: Path) -> None:
 
 
 def regularizer(kind: str, vectors: torch.Tensor) -> torch.Tensor:
-    """Of [texts, vocabulary]."""
+    """FLOPS or L1 regularizer of sparse vectors [texts, vocabulary], a scalar."""
     return vectors.abs().sum(dim=1).mean() if kind == "l1" else vectors.mean(dim=0).square().sum()
 
 

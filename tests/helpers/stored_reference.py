@@ -32,7 +32,7 @@ def stored_similarities(query: torch.Tensor, document: torch.Tensor,
 
 
 def sum_of_weights(name: str) -> float:
-    """Of all losses."""
+    """Sum of the weights over all precisions and Matryoshka widths of a case."""
     return sum(STORED[name].weights) * max(1, len(STORED[name].dims))
 
 

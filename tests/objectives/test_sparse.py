@@ -15,7 +15,7 @@ from tests.helpers.ranks import run_on_ranks
 QUERIES, VOCABULARY, TEMPERATURE = 8, 22, 2.0
 """Every query has a positive and a hard negative."""
 WEIGHTS = (0.3, 0.2)
-"""Of the regularizers of queries and documents."""
+"""Weights of the regularizers of queries and of documents."""
 STEP, WARMUP = 3, 6
 LOSSES = {"info_nce": [f"objective.temperature={TEMPERATURE}"], "margin_mse": ["objective.loss=margin_mse"],
           "kl_distillation": ["objective.loss=kl_distillation", f"objective.temperature={TEMPERATURE}"]}
