@@ -4,10 +4,12 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 # The pip that comes with Python 3.11 takes 1.7 times as long to install the same pins.
 PIP_VERSION := 26.3
-PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
-# A download that breaks off goes on where it stopped (pip 25.1 or later; by default five times for each file).
+# A download that breaks off goes on where it stopped (pip 25.1 or later; by default five times for each file); one that
+# cannot is begun once more. $(call pip_install,ENVIRONMENT,ARGUMENTS)
 export PIP_RETRIES ?= 10
 export PIP_RESUME_RETRIES ?= 50
+pip_once = $(1)/bin/python -m pip install -qq --disable-pip-version-check --no-compile $(2)
+pip_install = $(pip_once) || { sleep 10; $(pip_once); }
 # One thread per process: a test runs up to eight ranks, which would otherwise compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 # Compiled modules are kept also where a container says not to: a test run starts hundreds of processes, each of which
@@ -24,9 +26,9 @@ env: $(STAMP)
 $(STAMP): requirements-cpu.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or later is needed, this is {sys.version}; set PYTHON=")'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) pip==$(PIP_VERSION)
-	$(VENV)/bin/python $(PIP_INSTALL) -r requirements-cpu.txt
-	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(call pip_install,$(VENV),pip==$(PIP_VERSION))
+	$(call pip_install,$(VENV),-r requirements-cpu.txt)
+	$(call pip_install,$(VENV),--no-deps --no-build-isolation --editable .)
 	@touch $@
 
 demo: env
@@ -62,8 +64,8 @@ docs: $(DOCS_VENV)/.installed
 
 $(DOCS_VENV)/.installed: requirements-docs.txt
 	test -x $(DOCS_VENV)/bin/pip || $(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python $(PIP_INSTALL) pip==$(PIP_VERSION)
-	$(DOCS_VENV)/bin/python $(PIP_INSTALL) -r requirements-docs.txt
+	$(call pip_install,$(DOCS_VENV),pip==$(PIP_VERSION))
+	$(call pip_install,$(DOCS_VENV),-r requirements-docs.txt)
 	@touch $@
 
 clean:
