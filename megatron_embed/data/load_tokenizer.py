@@ -10,7 +10,10 @@ from megatron_embed.config.json_file import read_optional_json_object
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.normalizer_growth import refuse_growth_in_file, refuse_growth_of
 from megatron_embed.data.vocabulary import has_tokenizer_files, loading_error, refuse_large_files
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
+
+_RARE_CHARACTERS = "\u4e15 \ua015 \u2603"
+"""An ideograph, a syllable of Yi and a snowman: hardly in the vocabulary of a tokenizer that has no bytes."""
 
 
 def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: bool = False) -> Any:
@@ -34,6 +37,7 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
         tokenizer = open_tokenizer(directory)
         refuse_growth_of(tokenizer, model_dir)
         tokenizer(["a b"], verbose=False)  # some wrong values are only read here, such as a list for model_max_length
+        _require_unknown_token(tokenizer, directory)
     except CheckpointError:
         raise
     except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
@@ -49,6 +53,17 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
                                   "the model's own tokenizer there, or give the model more rows (Transformers: "
                                   "resize_token_embeddings)")
     return tokenizer
+
+
+def _require_unknown_token(tokenizer: Any, directory: Path) -> None:
+    """Refuse a tokenizer that raises at the first text with a character or word that its vocabulary lacks."""
+    try:
+        tokenizer([_RARE_CHARACTERS], verbose=False)
+    except Exception as error:  # the tokenizers library raises a bare Exception
+        raise CheckpointError(f"{directory}: the tokenizer fails at a text with characters that its vocabulary lacks "
+                              f"({first_line(error)}): its unknown token (unk_token = "
+                              f"{shortened(str(tokenizer.unk_token))}) must be in the vocabulary; correct unk_token in "
+                              "special_tokens_map.json, tokenizer_config.json and tokenizer.json") from error
 
 
 def open_tokenizer(directory: Path) -> Any:

@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 from sentence_transformers import MultiVectorEncoder
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_embed.data.load_tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError, ConfigError
@@ -154,3 +156,17 @@ def test_a_length_and_a_value_of_config_json_are_named_by_their_files(tmp_path):
     change(tmp_path / "model" / "config.json", hidden_dropout_prob="some")
     with pytest.raises(CheckpointError, match=r"config\.json: Transformers cannot read it: .*dropout_prob.*'some'"):
         load_tokenizer(str(tmp_path / "model"), None)
+
+
+@pytest.mark.parametrize("model", [models.WordPiece({"a": 0, "b": 1}, unk_token="[UNK]"),
+                                   models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]"),
+                                   models.Unigram([("a", -1.0), ("b", -1.0), ("▁", -1.0)]),
+                                   models.BPE({"a": 0, "b": 1}, [], unk_token="[UNK]")],
+                         ids=lambda model: type(model).__name__)
+def test_a_tokenizer_without_its_unknown_token_is_refused_before_a_text_has_one(tmp_path, model):
+    """It raises a bare Exception at the first word that it lacks; "a b", which is tried first, has none."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"characters that its vocabulary lacks \(.*\): its unknown token"):
+        load_tokenizer(str(tmp_path), None)
