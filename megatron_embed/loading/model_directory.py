@@ -195,6 +195,7 @@ def _find_adapted(folder: Path) -> ModelDirectory:
                               "first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)", key=key)
     with PeftAdapter(folder, rules_for(base.shape.family), base.shape) as adapter:
         settings = dataclasses.replace(adapter.settings, base_model=base.name)
+    check_tokenizer_names(folder)
     own = read_saved_settings(folder, base.hf)
     if not (folder / "modules.json").is_file():  # it has no more than a tokenizer
         own = dataclasses.replace(base.saved, adds_eos=own.adds_eos, truncation_side=own.truncation_side)
