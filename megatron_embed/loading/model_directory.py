@@ -102,7 +102,8 @@ class ModelDirectory:
         return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
                           chat_content=None if chat is None else chat.content,
                           chat_variables={} if chat is None else chat.variables, vectors=saved.vectors,
-                          joint=self.joint, pools_prompts=saved.pools_prompts)
+                          joint=self.joint, token_types=self.shape.type_vocab_size > 0,
+                          pools_prompts=saved.pools_prompts)
 
     @property
     def read_from(self) -> tuple[Path, ...]:
