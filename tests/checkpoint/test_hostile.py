@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.checkpoint import files
+from megatron_embed.checkpoint.file_checksums import CHECKSUM_FILE, changed_files
 from megatron_embed.checkpoint.files import (
     MARK_FILE,
     latest_checkpoint,
@@ -386,3 +387,11 @@ def test_pruning_keeps_what_it_kept(run):
     (run / "best").symlink_to("step_000001")
     remove_old(run, 1)
     assert list(step_directories(run)) == [1, 3]
+
+
+@pytest.mark.parametrize("name, size", [("/etc/passwd", "1"), ("model/../../x", "1"), ("a" * 5000, "1"),
+                                        ("a", "1e400")])
+def test_checksums_name_files_of_the_checkpoint(tmp_path, name, size):
+    (tmp_path / CHECKSUM_FILE).write_text(f'{{"{name}": [{size}, 0]}}')
+    with pytest.raises(CheckpointError, match=rf"{CHECKSUM_FILE}: not readable"):
+        changed_files(tmp_path)
