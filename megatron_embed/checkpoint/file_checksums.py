@@ -13,6 +13,7 @@ CHECKSUM_FILE = "checksums.json"
 """In every checkpoint: file -> [size, CRC-32]."""
 _PART = ".checksums_{rank}.json"
 _BLOCK = 1 << 22
+_LONGEST_NAME = 255
 
 
 def write_own_checksums(folder: Path, rank: int) -> None:
@@ -47,7 +48,9 @@ def changed_files(checkpoint: Path, *, contents: bool = True) -> list[str] | Non
     try:
         sums: dict[str, list[int]] = read_json_file(file)
         items = sorted((str(name), (int(size), int(crc))) for name, (size, crc) in sums.items())
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if any(Path(name).is_absolute() or ".." in Path(name).parts or len(name) > _LONGEST_NAME for name, _ in items):
+            raise ValueError("it names a file outside of the checkpoint")
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); remove it, and the checkpoint's files are not "
                               "compared") from error
     return list(_changes(checkpoint, items, contents))

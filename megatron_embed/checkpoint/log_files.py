@@ -71,7 +71,9 @@ class LogWriter:
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """The file, made if it is not there. Raises OSError, also for a pipe that nobody reads, which would wait."""
+    """The file, made if it is not there. Raises OSError, also for a pipe that nobody reads, which would wait, and for a
+    link to a file."""
+    _refuse_link(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     os.set_blocking(descriptor, True)
     return os.fdopen(descriptor, "ab")
@@ -163,6 +165,7 @@ def cut_after(path: Path, step: int) -> None:
     kill cut short. Reads from the end, only what is dropped: a run of a million steps resumes at once."""
     _restore_newest(path)
     while path.is_file():
+        _refuse_link(path)
         end = path.stat().st_size
         for start, line in _lines_from_end(path):
             if line.endswith(b"\n") and _step_of(line) <= step:
@@ -172,6 +175,14 @@ def cut_after(path: Path, step: int) -> None:
             os.truncate(path, end)
         if end or not _restore_newest(path):
             return
+
+
+def _refuse_link(path: Path) -> None:
+    """Raises OSError for a link, except one to a pipe or a device: in a directory from somebody else it may lead to any
+    file, of which lines would be cut off."""
+    if path.is_symlink() and (path.is_file() or not path.exists()):
+        raise OSError(errno.ELOOP, f"{path.name} is a link to another file, which is not written through it; remove "
+                      "the link", str(path))
 
 
 def _numbered(path: Path, digits: str) -> Path:

@@ -6,8 +6,11 @@ names are looked up in a short list. Others are refused, except those of torch a
 what), which become placeholders.
 """
 
+import io
 import json
+import os
 import pickle
+import pickletools
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -17,7 +20,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 import torch
 
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.file_checks import open_regular, plain_name
+from megatron_embed.models.file_checks import open_regular, plain_name, refuse_compressed
 
 METADATA_FILE = ".metadata"
 MEGATRON_FILE = "metadata.json"
@@ -28,6 +31,20 @@ DENSE_KEYS = "model.dense."
 """Prefix of the keys of Dense modules."""
 _OWN = ("torch", "megatron", "nvidia_resiliency_ext", "pathlib", "uuid", "collections")
 """Packages whose objects may stand in `.metadata` beside those that are needed, and are left out."""
+_LARGEST_PICKLE = 256 << 20
+_LARGEST_NUMBER = 1 << 24
+"""Bytes of one text, and numbers under which a pickle keeps objects to name them again; Python reserves memory for all
+numbers below one that occurs."""
+_PUT, _LONG_BINPUT, _TWO_LINES, _END = ord("p"), ord("r"), b"ci", -100
+_SKIPPED = [_END] * 256
+"""By instruction of a pickle the bytes of its argument; pickletools' negative number for a line or an argument that
+begins with its length; _END: nothing is read behind it."""
+for _operation in pickletools.opcodes:
+    if _operation.code != ".":
+        _SKIPPED[ord(_operation.code)] = 0 if _operation.arg is None else _operation.arg.n
+_SKIPPED[_LONG_BINPUT] = pickletools.TAKEN_FROM_ARGUMENT4U
+_LENGTH_BYTES = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4,
+                 pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
 _BUILTIN = {("builtins", "set"): set, ("builtins", "frozenset"): frozenset, ("builtins", "bytearray"): bytearray}
 
 
@@ -51,6 +68,13 @@ class NoCodeUnpickler(pickle.Unpickler):
     CLASSES: ClassVar[Mapping[str, Any]] = {}
     """Those of torch.distributed.checkpoint, by name."""
 
+    def __init__(self, file: BinaryIO | io.FileIO) -> None:
+        """Raises UnpicklingError if the pickle would take much more memory than the file."""
+        start = file.tell()
+        _refuse_large_numbers(file)
+        file.seek(start)
+        super().__init__(file)
+
     def find_class(self, module: str, name: str) -> Any:
         """The class or function of a name in the pickle. Raises UnpicklingError for one that is not allowed there."""
         if module.startswith("torch.distributed.checkpoint.") and name in self.CLASSES:
@@ -71,6 +95,39 @@ class NoCodeUnpickler(pickle.Unpickler):
 def load_pickle(file: BinaryIO) -> Any:
     """`pickle.load` of a checkpoint's `.metadata`, with torch's own classes."""
     return _torch_unpickler()(file).load()
+
+
+def _refuse_large_numbers(file: BinaryIO | io.FileIO) -> None:
+    """Raises UnpicklingError for a pickle that would take much more memory than its file: one with a length, or a
+    number for an object, that is larger than the file or than any that torch writes."""
+    size = os.fstat(file.fileno()).st_size
+    if size > _LARGEST_PICKLE:
+        raise pickle.UnpicklingError(f"it is longer than {_LARGEST_PICKLE >> 20:,} MiB, which no such file is")
+    data, position = file.read(), 0
+    while position < len(data):
+        operation = data[position]
+        position += 1
+        skipped = _SKIPPED[operation]
+        if skipped >= 0:
+            position += skipped
+            continue
+        if skipped == _END:
+            return
+        start, number = position, 0
+        if skipped == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if operation in _TWO_LINES else 1):
+                position = data.find(b"\n", position) + 1 or len(data)
+            number = int(data[start:position]) if operation == _PUT else 0
+        elif operation == _LONG_BINPUT:
+            position += 4
+            number = int.from_bytes(data[start:position], "little")
+        else:
+            position += _LENGTH_BYTES[skipped]
+            number = int.from_bytes(data[start:position], "little")
+            position += number
+        if number > min(size, _LARGEST_NUMBER):
+            raise pickle.UnpicklingError(f"it asks for room for {number:,} objects or bytes at its byte {start:,}, "
+                                         "more than a description of tensors needs")
 
 
 def check_description(folder: Path) -> None:
@@ -100,8 +157,21 @@ def install() -> None:
     if reading.pickle is not pickle:
         return
     reading.pickle = types.SimpleNamespace(**{**vars(pickle), "load": load_pickle})
+    reading.torch = _TorchOfTensors()
     planner: Any = default_planner.DefaultLoadPlanner
     planner.load_bytes = _checked(planner.load_bytes)
+
+
+class _TorchOfTensors:
+    """torch, for its reader of checkpoints, which loads every tensor as a file of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def load(self, file: Any, **settings: Any) -> Any:
+        """`torch.load` of a file that is not larger in memory."""
+        refuse_compressed(file)
+        return torch.load(file, **settings)
 
 
 def _checked(load_bytes: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,6 +186,7 @@ def _checked(load_bytes: Callable[..., Any]) -> Callable[..., Any]:
 
 def _load_plain(file: Any) -> Any:
     """`torch.load` of plain values and tensors. torch's own message about others advises to run their code."""
+    refuse_compressed(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

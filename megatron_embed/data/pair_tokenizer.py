@@ -94,8 +94,8 @@ class PairFormat:
 
     prompt: str = ""
     """Before every query of a pair of texts."""
-    token_types: bool = True
-    """Whether the model takes token types."""
+    token_types: int = 2
+    """Token types that the model has embeddings of; 0: it takes none."""
     lower_case: bool = False
     """Lowercase every text, unless the tokenizer does so itself."""
     unread: int | None = None
@@ -147,6 +147,7 @@ class PairTokenizer:
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
         self.template = template
+        self._model_dir = model_dir
         self.max_length = max_length
         self._length_key = length_key
         self._format = pair_format
@@ -266,9 +267,14 @@ class PairTokenizer:
                                       "alone take as many; raise it", key=self._length_key)
                 whole = self._tokenizer(queries, documents, padding=False, truncation="longest_first",
                                         max_length=self.max_length, verbose=False)
-        types = self._format.token_types and "token_type_ids" in whole
-        return TokenizedPairs(token_ids=list(whole["input_ids"]), num_truncated=truncated,
-                              token_types=list(whole["token_type_ids"]) if types else None)
+        types = list(whole["token_type_ids"]) if self._format.token_types and "token_type_ids" in whole else None
+        largest = max((max(row, default=0) for row in types or ()), default=0)
+        if types is not None and largest >= self._format.token_types:
+            raise CheckpointError(f"{self._model_dir}: its tokenizer gives a pair the token type {largest}, but the "
+                                  f"model ends at type {self._format.token_types - 1} (config.json: type_vocab_size = "
+                                  f"{self._format.token_types}); copy the model's own tokenizer there, or take "
+                                  "token_type_ids out of model_input_names in tokenizer_config.json")
+        return TokenizedPairs(token_ids=list(whole["input_ids"]), num_truncated=truncated, token_types=types)
 
     def _query_too_long(self, pair: Pair, used: int) -> Exception:
         prefix = f"{pair.source}: " if pair.source else ""

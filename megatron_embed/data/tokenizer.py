@@ -40,6 +40,8 @@ class TextFormat:
     """The rows that a joint model gives for a text; None: it is none."""
     raises_query_length: bool = True
     """Whether a longest query below the expansion's length is raised to it; else it is cut first."""
+    token_types: bool = False
+    """Whether the model has embeddings of token types, of which a text gets the first here."""
     pools_prompts: bool = True
     """False: the model's pooling leaves out the tokens of a prompt, which is not computed: prompts are refused."""
 
@@ -47,6 +49,16 @@ class TextFormat:
 def fill_template(prompt: str, instruction: str | None) -> str:
     """The prompt with the instruction in its place, if there is one."""
     return prompt if instruction is None else prompt.replace(_PLACEHOLDER, instruction)
+
+
+def _refuse_token_types(tokenizer: Any, model_dir: str) -> None:
+    """Raises CheckpointError for a tokenizer that gives the tokens of a text another type than 0, and says that the
+    model is to get the types."""
+    types = tokenizer(["a b"], verbose=False).get("token_type_ids", [[]])[0]
+    if any(types):
+        raise CheckpointError(f"{model_dir}/tokenizer.json: post_processor gives a text the token type {max(types)}, "
+                              "and only 0 is supported; write 0 there, or take token_type_ids out of "
+                              "model_input_names in tokenizer_config.json, if the model was trained so")
 
 
 _PLAIN = TextFormat()
@@ -93,6 +105,8 @@ class RoleTokenizer:
             keep_prompts_whole(self._tokenizer, (query_prompt, document_prompt))
         exceeds = vocab_size is not None and max(self._tokenizer.get_vocab().values(), default=0) >= vocab_size
         self._model_dir, self._vocab_size = model_dir, vocab_size if exceeds else None
+        if text_format.token_types:
+            _refuse_token_types(self._tokenizer, model_dir)
         if text_format.lower_case:
             add_lowercase(self._tokenizer)
         self._truncates_left = (text_format.truncation_side or self._tokenizer.truncation_side) == "left"

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_embed.config.json_file import open_ordinary
 from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.npy_file import map_npy
 from megatron_embed.names import Role
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 
@@ -202,8 +202,7 @@ class _Writer:
 def _open(path: Path, rows: int) -> "np.ndarray | None":
     """The vectors as a memory-mapped file, or None without a file of that many rows."""
     try:
-        open_ordinary(path).close()
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        vectors = map_npy(str(path))
     except (OSError, ValueError, EOFError, TypeError, OverflowError):
         return None
     return vectors if vectors.ndim == 2 and len(vectors) == rows and vectors.dtype == np.float32 else None

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_embed.config.json_file import open_ordinary, read_json_file
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import ConfigError, DataError, UserError
+from megatron_embed.evaluation.npy_file import map_npy
 from megatron_embed.evaluation.search import for_similarity
 from megatron_embed.evaluation.stored_vectors import as_dtype
 from megatron_embed.names import Similarity, VectorDtype
@@ -85,8 +86,7 @@ class VectorFile:
     def _mapped(self, file: str) -> NDArray[Any]:
         key = self._key
         try:
-            open_ordinary(file).close()
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = map_npy(file)
         except (OSError, ValueError, EOFError, TypeError, OverflowError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npy file of numbers"
             raise ConfigError(f"{key} {file}: {reason}; name the file that `megatron-embed encode` wrote",

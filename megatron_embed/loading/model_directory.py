@@ -102,7 +102,8 @@ class ModelDirectory:
         return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
                           chat_content=None if chat is None else chat.content,
                           chat_variables={} if chat is None else chat.variables, vectors=saved.vectors,
-                          joint=self.joint, pools_prompts=saved.pools_prompts)
+                          joint=self.joint, token_types=self.shape.type_vocab_size > 0,
+                          pools_prompts=saved.pools_prompts)
 
     @property
     def read_from(self) -> tuple[Path, ...]:
@@ -195,6 +196,7 @@ def _find_adapted(folder: Path) -> ModelDirectory:
                               "first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)", key=key)
     with PeftAdapter(folder, rules_for(base.shape.family), base.shape) as adapter:
         settings = dataclasses.replace(adapter.settings, base_model=base.name)
+    check_tokenizer_names(folder)
     own = read_saved_settings(folder, base.hf)
     if not (folder / "modules.json").is_file():  # it has no more than a tokenizer
         own = dataclasses.replace(base.saved, adds_eos=own.adds_eos, truncation_side=own.truncation_side)

@@ -148,7 +148,7 @@ def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory, lengt
         template = PairTemplate(text=settings.template, instruction=settings.instruction)
     tokenizer = PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key,
                               vocab_size=model.shape.vocab_size, pair_format=PairFormat(
-                                  prompt=settings.prompt, token_types=encoder and model.shape.type_vocab_size > 0,
+                                  prompt=settings.prompt, token_types=model.shape.type_vocab_size if encoder else 0,
                                   lower_case=settings.lower_case,
                                   own_truncation_side=foreign_pad is not None))
     if settings.head == "score" and not encoder:

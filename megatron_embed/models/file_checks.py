@@ -7,19 +7,26 @@ read; `open_regular` opens its files.
 import io
 import os
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.key_table import shown_value
 
 MARKS = ("config.json", "modules.json", "adapter_config.json", "megatron_embed.json")
 """A directory with none of these is not a model directory, and is not inspected."""
 NOT_READ = (".git", ".cache")
 """Folders of other programs, which are never read."""
 _MOST_FILES = 200_000
+_LONGEST_NAME = 255
+"""Bytes of a name that file systems allow."""
 _TOKENIZER_FILES = ("tokenizer_file", "vocab_file", "merges_file", "spm_file", "fast_tokenizer_files")
-"""Keys of tokenizer_config.json whose values Transformers reads as files."""
+"""Keys of tokenizer_config.json whose values Transformers reads as files of the directory."""
+_TOKENIZER_CONTENTS = ("vocab", "merges", "gguf_file")
+"""Keys whose values, where they are texts, it opens as files of any place. Nobody's files hold them so."""
 
 
 def plain_name(name: object, source: str) -> str:
@@ -28,12 +35,15 @@ def plain_name(name: object, source: str) -> str:
     Args:
         source: file and key, for the message.
     Raises:
-        CheckpointError: it is empty, `.`, `..`, has a separator, or is not a string, so it could lead elsewhere.
+        CheckpointError: it is empty, `.`, `..`, has a separator, or is not a string, so it could lead elsewhere; or it
+            is too long for a file.
     """
     good = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and (
-        name.isprintable())
+        name.isprintable() and len(name.encode()) <= _LONGEST_NAME)
     if not isinstance(name, str) or not good:
-        raise CheckpointError(f"{source} = {name!r}: must be the plain name of one file or folder in that directory; "
+        # What a pickle holds in place of a text may be many times larger in print.
+        shown = shown_value(name) if isinstance(name, str | int | float | None) else f"a {type(name).__name__}"
+        raise CheckpointError(f"{source} = {shown}: must be the plain name of one file or folder in that directory; "
                               "a name that could lead elsewhere is not followed: correct it, or fetch the directory "
                               "again from a source that you trust")
     return name
@@ -73,7 +83,7 @@ def check_tokenizer_names(directory: str | Path) -> None:
     Many of these files still hold paths on their author's machine, which do no harm where they do not exist.
 
     Raises:
-        CheckpointError: it names such a file.
+        CheckpointError: it names such a file, or has a text where Transformers would open any file.
     """
     folder = Path(directory)
     file = folder / "tokenizer_config.json"
@@ -86,6 +96,10 @@ def check_tokenizer_names(directory: str | Path) -> None:
         for name in named if isinstance(named, list) else [named]:
             if isinstance(name, str) and os.path.lexists(folder / name) and Path(name).name != name:
                 plain_name(name, f"{file}: {key}")
+    for key in _TOKENIZER_CONTENTS if isinstance(values, dict) else ():
+        if isinstance(values.get(key), str):
+            raise CheckpointError(f"{file}: {key} = {shown_value(values[key])}: Transformers would open that file, "
+                                  "wherever it is; remove the key, and put the tokenizer's files into the directory")
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -104,6 +118,54 @@ def open_regular(path: Path) -> io.FileIO:
     file = io.FileIO(descriptor)
     file.name = str(path)
     return file
+
+
+def refuse_compressed(file: BinaryIO) -> None:
+    """Check a file of `torch.save`, a zip archive, before it is read: torch writes no compressed entries, and reads
+    them, so that a small file would fill the memory. The position in the file stays.
+
+    Raises:
+        ValueError: its entries are compressed, or together longer than the file.
+    """
+    start = file.tell()
+    file.seek(0, os.SEEK_END)
+    length = file.tell()
+    try:
+        with zipfile.ZipFile(io.BufferedReader(_FromStart(file, length))) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile:
+        entries = []
+    file.seek(start)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
+            sum(entry.file_size for entry in entries) > length):
+        raise ValueError("it is compressed, and torch writes no such file")
+
+
+class _FromStart(io.RawIOBase):
+    """A file whose positions are sought from its start alone: torch's view of a part of a file counts those from its
+    end the wrong way round (2.13)."""
+
+    def __init__(self, file: BinaryIO, length: int) -> None:
+        self._file, self._length, self._position = file, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, begin + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer, or reach the end."""
+        self._file.seek(self._position)
+        data = self._file.read(max(0, min(len(buffer), self._length - self._position)))
+        buffer[:len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.objective import SCORE_WEIGHTS
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.file_checks import open_regular
+from megatron_embed.models.file_checks import open_regular, refuse_compressed
 
 if TYPE_CHECKING:  # `doctor` and `plan` read these files without torch, unless there are tensors
     from torch import Tensor
@@ -120,6 +120,7 @@ def _layer(file: Path) -> "dict[str, Tensor]":
         with open_regular(file) as opened:
             if file.stat().st_size > _LARGEST_FILE:
                 raise ValueError(f"larger than {_LARGEST_FILE:,} bytes")
+            refuse_compressed(opened)
             values = torch.load(opened, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

@@ -75,7 +75,7 @@ class FileTable:
 
     def _check(self, path: Path, values: Mapping[str, Any], keys: Mapping[str, Key], prefix: str) -> None:
         for name, value in values.items():
-            printed = name if name.isprintable() else repr(name)
+            printed = name if name.isprintable() and len(name) <= SHOWN_CHARACTERS else shown_value(name)
             key, shown = keys.get(name), f"{path}: {prefix}{printed} = {shown_value(value)}"
             if key is None:
                 if self.closed and not _is_among(value, self.unset):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import plain_name
-from megatron_embed.models.key_table import shown_value
+from megatron_embed.models.key_table import SHOWN_CHARACTERS, shown_value
 from megatron_embed.models.known_keys import MODULES
 
 Kind = Literal["Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore", "MultiVectorMask",
@@ -102,7 +102,7 @@ def read_modules(file: Path) -> list[Module]:
     _check_names(file, [module.get("name") for module in listed])
     for index, module in enumerate(modules):
         if index or module.path:
-            plain_name(module.path, f"{file}: path of module {index} ({module.type})")
+            plain_name(module.path, f"{file}: path of module {index} ({module.type[:SHOWN_CHARACTERS]})")
     return modules
 
 
@@ -131,9 +131,9 @@ def supported_modules(directory: Path) -> list[Module]:
     modules = [module for module in read_modules(file) if module.kind != "Dropout"]
     for module in modules:
         if module.kind is None:
-            raise CheckpointError(f"{file}: module {module.type!r} is not supported; Transformer, Pooling, Dense, "
-                                  "Normalize and MultiVectorMask of Sentence Transformers are, under its own full "
-                                  "names")
+            raise CheckpointError(f"{file}: module {shown_value(module.type)} is not supported; Transformer, Pooling, "
+                                  "Dense, Normalize and MultiVectorMask of Sentence Transformers are, under its own "
+                                  "full names")
     if not _is_supported_order([module.kind for module in modules]):
         raise CheckpointError(f"{file}: the modules {', '.join(str(module.kind) for module in modules) or '(none)'} "
                               "are not supported in this order; Transformer, Pooling and then perhaps Dense and "

@@ -29,6 +29,10 @@ def launched_rank() -> tuple[int, int, int]:
     env = os.environ
     if _is_torchruns():
         rank, size = _rank_and_size("RANK", "WORLD_SIZE")
+        for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+            if name in env and not least <= _number(name) < size + least:
+                raise ConfigError(f"{name} = {env[name]} and WORLD_SIZE = {size}: must be a whole number from {least} "
+                                  f"to {size + least - 1}; set both to what the launcher means, or unset {name}")
         return rank, size, _local_rank(rank)
     if is_task_of_srun():
         rank, size = _rank_and_size("SLURM_PROCID", "SLURM_NTASKS")
@@ -208,13 +212,17 @@ def rendezvous_address() -> tuple[str, int]:
     if not (_is_number(port) and 0 < int(port) < 2**16):
         raise ConfigError(f"MASTER_PORT = {port!r} is not a port that ranks can meet at; give one from 1024 to 65535 "
                           "(torchrun: --master-port), or start it by launch/torchrun/one_node.sh, which finds one")
-    return env["MASTER_ADDR"], int(port)
+    address = env["MASTER_ADDR"]
+    if address.count(":") == 1 or address.startswith("-") or re.search(r"[\s/]", address):
+        raise ConfigError(f"MASTER_ADDR = {address!r} is not a host's name or address; give that of the first node "
+                          "alone, and the port in MASTER_PORT")
+    return address, int(port)
 
 
 def _first_slurm_host(nodelist: str) -> str:
-    """`node[03-05,9]` or `a,b` -> the first host's name."""
-    match = re.match(r"([^\[,]+)(?:\[([0-9]+))?", nodelist)
-    if match is None:
+    """`node[03-05,9]`, `rack[1-2]n[01-04]-ib` or `a,b` -> the first host's name."""
+    match = re.match(r"(?:[^][,\s]|\[[0-9]+[0-9,-]*\])+", nodelist)
+    if match is None or nodelist.startswith("["):
         raise ConfigError(f"MASTER_ADDR is not set, and SLURM_JOB_NODELIST = {nodelist!r} names no host; set "
                           "MASTER_ADDR to the first node's address")
-    return match.group(1) + (match.group(2) or "")
+    return re.sub(r"\[([0-9]+)[0-9,-]*\]", r"\1", match.group())

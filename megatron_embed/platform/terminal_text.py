@@ -12,6 +12,10 @@ _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
                      "\ud800-\udfff\U000e0000-\U000e007f]")
 
 
+_LONGEST_END = 4000
+"""Characters of a message's beginning and of its end that are shown."""
+
+
 def printable(text: str) -> str:
     """The text with control and invisible characters as JSON escapes (`\\u001b`), so that JSON keeps its value.
 
@@ -20,7 +24,9 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`printable` text on one line."""
+    """`printable` text on one line, without its middle if it is very long: a file's name or key in it may be."""
+    if len(text) > 2 * _LONGEST_END:
+        text = f"{text[:_LONGEST_END]} ... {text[-_LONGEST_END:]}"
     return printable(" ".join(text.split()))
 
 

@@ -7,13 +7,16 @@ import os
 import pickle
 import shutil
 import stat
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.checkpoint import files
+from megatron_embed.checkpoint.file_checksums import CHECKSUM_FILE, changed_files
 from megatron_embed.checkpoint.files import (
     MARK_FILE,
     latest_checkpoint,
@@ -29,6 +32,7 @@ from megatron_embed.checkpoint.safe_unpickler import check_description, install
 from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.key_table import shown_value
 from megatron_embed.platform import private_folder
 from megatron_embed.platform.status import STATUS_FILE_VARIABLE, write_status
 from tests.helpers.ranks import run_on_ranks
@@ -93,11 +97,80 @@ def test_metadata_that_names_code_is_refused_by_every_reader(folder, tmp_path, k
     assert (tmp_path / "trap").exists()
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../other", "..", "", "a/b"])
+BOMBS = {"number": b"Nr" + (1 << 28).to_bytes(4, "little"), "number in text": b"Np+0268435456\n",
+         "bytes": b"\x8e" + (1 << 40).to_bytes(8, "little"), "bytearray": b"\x96" + (1 << 36).to_bytes(8, "little")}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_metadata_that_asks_for_much_memory_is_refused_before_it_is_read(folder, kind):
+    """One number, under which an object is to be kept, makes Python reserve room for all numbers below."""
+    description = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(description[:2] + BOMBS[kind] + b"0" + description[2:])
+    for read in (check_description, DcpReader):
+        with pytest.raises(CheckpointError, match=r"\.metadata: .*asks for room for [\d,]+ objects or bytes"):
+            read(folder)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_metadata_of_every_protocol_is_read(folder, protocol):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.planner_data = {"a": ["x" * 300, 1.5, None, True, 10**30, -7]}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
+    check_description(folder)
+    with DcpReader(folder) as reader:
+        assert reader.keys() == ("a",)
+
+
+def test_what_stands_in_place_of_a_name_is_not_printed(folder):
+    """Lists that hold each other ten times over take no memory, and their text takes all of it."""
+    nested = ["lol"] * 10
+    for _ in range(12):
+        nested = [nested] * 10
+    change_metadata(folder, lambda metadata: place_elsewhere(metadata, nested))
+    for read in (check_description, DcpReader):
+        with pytest.raises(CheckpointError, match="relative_path of a tensor = a list: must be the plain name"):
+            read(folder)
+
+
+def save_compressed(value, file):
+    """As torch.save, but compressed: torch reads it all the same."""
+    plain = io.BytesIO()
+    torch.save(value, plain)
+    with zipfile.ZipFile(plain) as stored, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for entry in stored.namelist():
+            compressed.writestr(entry, stored.read(entry))
+    assert str(torch.load(file, weights_only=True)) == str(value)
+
+
+def test_compressed_values_are_refused_before_they_fill_the_memory(folder):
+    save_compressed({}, folder / "common.pt")
+    with pytest.raises(CheckpointError, match=r"common\.pt: .*it is compressed, and torch writes no such file"):
+        check_description(folder)
+
+
+def test_compressed_tensors_are_refused_by_every_reader(folder):
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    install()
+    file = folder / "__0_0.distcp"
+    save_compressed(torch.arange(6.0).reshape(2, 3), file)
+
+    def whole(metadata):
+        for info in metadata.storage_data.values():
+            info.offset, info.length = 0, file.stat().st_size
+
+    change_metadata(folder, whole)
+    with DcpReader(folder) as reader, pytest.raises(CheckpointError, match="it is compressed"):
+        reader.read("a")
+    with pytest.raises(CheckpointException, match="it is compressed"):
+        load({"a": torch.zeros(2, 3)}, storage_reader=FileSystemReader(folder), no_dist=True)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other", "..", "", "a/b", "a" * 256])
 def test_tensors_lie_in_the_checkpoint(folder, name):
     change_metadata(folder, lambda metadata: place_elsewhere(metadata, name))
     for read in (check_description, DcpReader):
-        with pytest.raises(CheckpointError, match=rf"relative_path of a tensor = {name!r}: must be the plain name"):
+        with pytest.raises(CheckpointError, match=rf"relative_path of a tensor = {shown_value(name)}: must be the "):
             read(folder)
 
 
@@ -314,3 +387,11 @@ def test_pruning_keeps_what_it_kept(run):
     (run / "best").symlink_to("step_000001")
     remove_old(run, 1)
     assert list(step_directories(run)) == [1, 3]
+
+
+@pytest.mark.parametrize("name, size", [("/etc/passwd", "1"), ("model/../../x", "1"), ("a" * 5000, "1"),
+                                        ("a", "1e400")])
+def test_checksums_name_files_of_the_checkpoint(tmp_path, name, size):
+    (tmp_path / CHECKSUM_FILE).write_text(f'{{"{name}": [{size}, 0]}}')
+    with pytest.raises(CheckpointError, match=rf"{CHECKSUM_FILE}: not readable"):
+        changed_files(tmp_path)

@@ -262,3 +262,29 @@ def test_run_with_long_logs_resumes_and_can_be_read_and_audited(tmp_path):
 def test_size_of_a_file_is_checked():
     with pytest.raises(ConfigError, match=r"logging.max_file_mib = -1: must be >= 0; 0 is off"):
         LoggingConfig(max_file_mib=-1)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.000001.jsonl"])
+@pytest.mark.parametrize("first_step", [0, 3])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_to_another_file_is_not_written_through(tmp_path, name, first_step, is_there):
+    """A run's directory may come from somebody else, and a resumed run cuts off the lines of later steps."""
+    (tmp_path / "run").mkdir()
+    if is_there:
+        (tmp_path / "kept").write_text("mine\n")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "kept")
+    if first_step or not is_there:
+        with pytest.raises(OSError, match="is a link to another file, which is not written through it"):
+            LogWriter(tmp_path / "run" / "log.jsonl", first_step=first_step, max_mib=0)
+    else:  # it is moved aside, as an earlier run's log
+        LogWriter(tmp_path / "run" / "log.jsonl", first_step=0, max_mib=0).close()
+    assert (tmp_path / "kept").exists() == is_there
+    assert not is_there or (tmp_path / "kept").read_text() == "mine\n"
+
+
+def test_a_link_to_a_device_is_written_through(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/null")
+    log = LogWriter(tmp_path / "log.jsonl", first_step=0, max_mib=1)
+    log.append({"step": 1})
+    log.close()
+    assert (tmp_path / "log.jsonl").is_symlink()

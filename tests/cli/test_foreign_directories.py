@@ -168,6 +168,41 @@ def encode_command(arguments):
     return command(arguments)
 
 
+def test_token_types_of_a_text_are_zero_or_refused(tmp_path):
+    """The stock library gives the model the types of the tokenizer, if model_input_names has them."""
+    path = save_directory(tmp_path / "model")
+    tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = {name: next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == name)
+           for name in ("[CLS]", "[SEP]")}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+        "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 1}},
+                   {"SpecialToken": {"id": "[SEP]", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in ids.items()}}
+    write(path / "tokenizer.json", tokenizer)
+    change(path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
+           model_input_names=["input_ids", "attention_mask"])
+    plain = SentenceTransformer(str(path), device="cpu").encode(TEXTS[:1])
+    (vectors,) = run_on_ranks(vectors_of, 1, {"plain": str(path)})
+    np.testing.assert_allclose(vectors["plain"]["document"][:1], plain, atol=2e-6)
+    change(path / "tokenizer_config.json", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    assert abs(SentenceTransformer(str(path), device="cpu").encode(TEXTS[:1]) - plain).max() > 1e-2
+    (refused,) = run_on_ranks(refusal_of, 1, str(path))
+    assert "tokenizer.json: post_processor gives a text the token type 1, and only 0 is supported; write 0" in refused
+
+
+def refusal_of(directory):
+    """The error with which a directory is refused, in a worker."""
+    import megatron_embed
+    from megatron_embed.errors import UserError
+
+    try:
+        megatron_embed.load(directory)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def test_texts_without_a_role_have_the_default_prompt(directories, tmp_path):
     write(tmp_path / "texts.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     for name in ("default-prompt", "chat-parts"):

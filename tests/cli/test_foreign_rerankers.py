@@ -4,6 +4,7 @@ import functools
 import json
 
 import pytest
+import transformers
 
 from tests.helpers import foreign_rerankers as toys
 from tests.helpers.foreign_rerankers import decoder, encoder, own_scores, saved
@@ -40,10 +41,17 @@ def encoder_with_case(path):
     return path
 
 
+def without_second_type(path):
+    """The tokenizer gives the document type 1, which the model does not have."""
+    shape = transformers.XLMRobertaConfig(
+        vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=700, type_vocab_size=1, num_labels=1, pad_token_id=0)
+    transformers.XLMRobertaForSequenceClassification(shape).save_pretrained(path)
+    toys.copy_tokenizer(path)
+
+
 def answers(path):
     """A causal language model with a LogitScore of other words than yes and no."""
-    import transformers
-
     decoder(path, "Qwen3ForCausalLM", jinja=toys.PROMPTED_JINJA)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("1", " no")]
@@ -133,6 +141,7 @@ REFUSED = {
         ("reranker.json: not readable (template = 7)",)),
     "no classifier at all": (
         lambda path: saved(encoder(path, architectures=["BertModel"])), ("architectures = ['BertModel']",)),
+    "a token type that the model lacks": (without_second_type, ("token type 1", "type_vocab_size = 1")),
     "arguments of the tokenizer": (
         lambda path: saved(encoder(path), settings={"processing_kwargs": {"text": {"truncation": False}}}),
         ("processing_kwargs.text.truncation",)),

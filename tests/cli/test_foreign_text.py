@@ -39,6 +39,7 @@ def test_what_a_terminal_obeys_is_shown(text, shown):
 def test_letters_of_all_scripts_stay():
     assert printable(LETTERS) == LETTERS
     assert one_line(f"a\n{LETTERS}\tb\x85c") == f"a {LETTERS} b c"
+    assert len(one_line("a" * 10**6)) < 10_000
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from megatron_embed.convert.checkpoint_directory import copy_files, open_checkpoint
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.storage.safetensors_file import LONGEST_HEADER, SafetensorsFile
+from megatron_embed.data.load_tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError
 from megatron_embed.export.cross_encoder import export_cross_encoder
 from megatron_embed.export.sentence_transformers import export_sentence_transformers, load_export_tokenizer
+from megatron_embed.loading.model_directory import find_model
 from megatron_embed.models.file_checks import check_files, open_regular, plain_name
 from megatron_embed.models.modules_json import STOCK_TYPES, read_modules
 from megatron_embed.models.reranker_settings import RerankerSettings
@@ -25,7 +27,7 @@ from tests.helpers.refusals import assert_refused, command
 from tests.helpers.toys import save_model
 
 ELSEWHERE = ("/", "..", ".", "", "../victim", "1_Pooling/../../victim", "./1_Pooling", "a/b", "1_Pooling/",
-             "..\\victim", "a\0b", "a\nb")
+             "..\\victim", "a\0b", "a\nb", "a" * 256)
 TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
 
 
@@ -233,6 +235,57 @@ def test_no_tokenizer_from_elsewhere(model, tmp_path, key):
             load_export_tokenizer(model)
 
 
+@pytest.mark.parametrize("key", ["vocab", "merges", "gguf_file"])
+@pytest.mark.parametrize("name", ["{victim}/kept", "kept"])
+def test_no_file_of_any_place_in_place_of_a_vocabulary(model, tmp_path, monkeypatch, key, name):
+    """Without tokenizer.json Transformers opens `vocab`; a plain name is one in the current directory."""
+    monkeypatch.chdir(tmp_path / "victim")
+    edit(model / "tokenizer_config.json", **{key: name.format(victim=tmp_path / "victim")})
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config.json: {key} = .*Transformers would open that file"):
+        find_model(str(model))
+
+
+def test_no_tokenizer_from_elsewhere_beside_an_adapter(model, tmp_path):
+    qwen = save_model(tmp_path / "qwen3", "qwen3", tokenizer=True, num_hidden_layers=1)
+    adapter = shutil.copytree(model, tmp_path / "adapter", ignore=shutil.ignore_patterns("config.json", "model*"))
+    (adapter / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": qwen, "target_modules": ["q_proj"]}))
+    prefix = "base_model.model.layers.0.self_attn.q_proj.lora_"
+    save_file({f"{prefix}A.weight": torch.ones(2, 32), f"{prefix}B.weight": torch.ones(64, 2)},
+              adapter / "adapter_model.safetensors")
+    assert find_model(str(adapter)).tokenizer_directory == adapter
+    edit(adapter / "tokenizer_config.json", vocab_file=str(tmp_path / "victim" / "kept"))
+    with pytest.raises(CheckpointError, match=r"adapter/tokenizer_config.json: vocab_file = .*: must be the plain"):
+        find_model(str(adapter))
+
+
+def test_chat_templates_with_names_have_a_limit(model):
+    folder = model / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "rag.jinja").write_text("{{ messages[0].content }}")
+    load_tokenizer(str(model), None)
+    os.truncate(folder / "rag.jinja", (16 << 20) + 1)
+    with pytest.raises(CheckpointError, match=r"additional_chat_templates/rag.jinja: longer than 16 MiB"):
+        load_tokenizer(str(model), None)
+
+
+def test_long_keys_and_names_are_cut_in_messages(model):
+    write_modules(model, pooling("1_Pooling", "x" * 10**6))
+    with pytest.raises(CheckpointError, match=r"module 'x+\.\.\. is not supported") as error:
+        read_saved_settings(model)
+    assert len(str(error.value)) < 1000
+    write_modules(model)
+    (model / "sentence_bert_config.json").write_text(json.dumps({"k" * 10**6: 1}))
+    with pytest.raises(CheckpointError, match=r"'k+\.\.\. = 1: a key that this version does not know") as error:
+        read_saved_settings(model)
+    assert len(str(error.value)) < 1000
+
+
+def edit(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def header(path, *, length=None, **changes):
     """Write a file of one float32 tensor [2, 3] whose header has the given changes."""
     entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changes}
@@ -266,6 +319,13 @@ def test_a_header_that_fills_a_sparse_file_takes_no_memory(tmp_path):
     file.write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(CheckpointError, match="header is not readable"):
         SafetensorsFile(file)
+
+
+def test_a_header_of_many_numbers_is_refused_before_they_are_lists(tmp_path):
+    text = b'{"a":{"dtype":"F32","data_offsets":[0,0],"shape":[' + b"1e1," * 4_000_001 + b"1]}}"
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match="header is not readable .more than 4,000,000 values"):
+        SafetensorsFile(tmp_path / "a.safetensors")
 
 
 def test_tensors_that_share_bytes_are_refused(tmp_path):

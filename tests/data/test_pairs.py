@@ -106,7 +106,7 @@ def test_an_unread_token_is_left_out_at_the_end_alone(bpe):
     stock = AutoTokenizer.from_pretrained(bpe)
     pad = stock.pad_token_id
     tokenizer = PairTokenizer(bpe, template=None, max_length=64,
-                              pair_format=PairFormat(unread=pad, token_types=False))
+                              pair_format=PairFormat(unread=pad, token_types=0))
     ends = Pair(query="a<|endoftext|>b", document="c<|endoftext|><|endoftext|>")
     rows = tokenizer.tokenize([ends, Pair(query="<|endoftext|>", document="<|endoftext|>")])
     whole = stock(ends.query, ends.document).input_ids

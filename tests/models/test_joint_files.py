@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 
 import pytest
 import torch
@@ -38,6 +39,19 @@ def test_what_is_written_is_what_torch_reads(tmp_path):
     remove_joint_heads(tmp_path)
     assert not list(tmp_path.iterdir())
     assert find_joint_heads(tmp_path) is None
+
+
+def test_compressed_files_are_refused_before_they_fill_the_memory(tmp_path):
+    write_joint_heads(tmp_path, heads())
+    file = tmp_path / "colbert_linear.pt"
+    with zipfile.ZipFile(file) as stored:
+        entries = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name, data in entries.items():
+            compressed.writestr(name, data)
+    assert set(torch.load(file, weights_only=True)) == {"weight", "bias"}
+    with pytest.raises(CheckpointError, match=r"colbert_linear.pt: not readable as tensors alone \(it is compressed"):
+        read_joint_heads(tmp_path)
 
 
 class Code:

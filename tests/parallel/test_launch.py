@@ -109,6 +109,14 @@ def test_local_rank_is_found_where_it_is_not_given(monkeypatch, variables, expec
     assert process_rank() == expected[0] and first_on_node() == (expected[2] == 0)
 
 
+@pytest.mark.parametrize("nodes, first", [
+    ("node[03-05,9]", "node03"), ("a,b[1-2]", "a"), ("rack[1-2]node[01-04],x", "rack1node01"),
+    ("n[01-02]-ib", "n01-ib")])
+def test_the_first_node_of_slurm_has_its_whole_name(monkeypatch, nodes, first):
+    set_only(monkeypatch, {**SRUN, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": nodes})
+    assert rendezvous_address()[0] == first
+
+
 @pytest.mark.parametrize("variables, words", [
     ({"RANK": "", "WORLD_SIZE": ""}, "RANK = ''"), ({"RANK": "worker-3", "WORLD_SIZE": "8"}, "RANK = 'worker-3'"),
     ({"RANK": "9" * 5000, "WORLD_SIZE": "8"}, "RANK = '99"),
@@ -119,6 +127,11 @@ def test_local_rank_is_found_where_it_is_not_given(monkeypatch, variables, expec
     ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK = 'x'"),
     ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK = ''"),
     ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK = 2"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "5"}, "LOCAL_RANK = 5 and WORLD_SIZE = 2"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE = 8 and WORLD_SIZE = 2"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE = 0 and WORLD_SIZE = 2"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a:29500", "MASTER_PORT": "29500"}, "MASTER_ADDR = 'a:29500'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": " a", "MASTER_PORT": "29500"}, "MASTER_ADDR = ' a'"),
     ({"RANK": "3"}, "RANK = '3' without WORLD_SIZE"), ({"WORLD_SIZE": "8"}, "WORLD_SIZE = '8' without RANK"),
     ({**SRUN, "SLURM_PROCID": "8"}, "SLURM_PROCID = 8 and SLURM_NTASKS = 8: ranks count from 0"),
     ({**SRUN, "SLURM_NTASKS": "1"}, "SLURM_PROCID = 3 and SLURM_NTASKS = 1"),

@@ -28,6 +28,8 @@ DTYPES: dict[str, torch.dtype] = {
 """Names that the format uses for dtypes."""
 LONGEST_HEADER = 100_000_000
 """Bytes of a header; the limit of the safetensors library."""
+_MOST_VALUES = 4_000_000
+"""In a header: of numbers a list takes eight times the memory of its text. A tensor has about 6."""
 _LARGEST = 2**63 - 1
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -135,6 +137,8 @@ class SafetensorsFile:
         self._read_into(memoryview(header), 8)
         try:
             refuse_many_brackets(header)
+            if header.count(b",") > _MOST_VALUES:
+                raise ValueError(f"more than {_MOST_VALUES:,} values")
             tensors = json.loads(header, object_pairs_hook=_unique_keys)
             tensors.pop("__metadata__", None)
             entries = {name: _entry(self.path, name, value, 8 + length) for name, value in tensors.items()}

@@ -118,7 +118,7 @@ class DcpReader:
         except CheckpointError:
             raise
         except Exception as error:  # a damaged pickle raises errors of every kind
-            raise CheckpointError(f"{path}: not readable as torch_dist metadata ({error}); "
+            raise CheckpointError(f"{path}: not readable as torch_dist metadata ({error or type(error).__name__}); "
                                   "is the file complete?") from error
         self._tensors = {key: value for key, value in tensors.items() if isinstance(value, TensorStorageMetadata)}
         self._storage = {(index.fqn, tuple(index.offset)): info for index, info in storage.items()

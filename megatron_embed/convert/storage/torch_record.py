@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.convert.storage.byte_range import ByteRange, read_at, write_at
+from megatron_embed.models.file_checks import refuse_compressed
 
 
 class TorchRecord(io.RawIOBase):
@@ -46,6 +47,7 @@ class TorchRecord(io.RawIOBase):
     def load(self, device: str) -> Tensor:
         """The tensor; on `meta` its dtype and shape alone, without reading its data."""
         record: Any = self
+        refuse_compressed(record)
         tensor: Tensor = torch.load(record, map_location=device, weights_only=True)
         return tensor
 
