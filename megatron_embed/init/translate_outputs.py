@@ -14,7 +14,8 @@ def translate_outputs(draft: Draft) -> None:
     folder = str(output.value).rstrip("/") if output is not None else "runs/translated"
     draft.set("checkpoint.directory", f"{folder}/checkpoints", output.written if output is not None else
               "no directory is given")
-    draft.set("checkpoint.export_at_end", f"{folder}/model", "the trained model, for Sentence Transformers")
+    library = "CrossEncoder of Sentence Transformers" if draft.is_reranker else "Sentence Transformers"
+    draft.set("checkpoint.export_at_end", f"{folder}/model", f"the trained model, for {library}")
     _translate_interval(draft, "save_steps", "save_strategy", "checkpoint.save_every_steps")
     keep = draft.whole("save_total_limit", "checkpoint.keep")
     if keep is not None and keep[0] > 0:
