@@ -3,14 +3,16 @@
 Letters: H Transformers, S ms-swift, F FlagEmbedding, T Tevatron, B Sentence Transformers, D DeepSpeed, M Megatron-LM.
 """
 
+import difflib
+
 from megatron_embed.config.foreign_word import ForeignWord, key, unneeded, unsupported
 
 FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
     "Model": (
         key("model_name_or_path model.path model.id model.pretrained "
-            "model.name model.name_or_path "
-            "model model_name model_id model_id_or_path base_model pretrained_model_name_or_path "
-            "model_path load ckpt_dir hf_model", "HSFTBM", "model.path", "a directory or a hub name"),
+            "model.name model.name_or_path model model_name model_id model_id_or_path base_model "
+            "pretrained_model_name_or_path model_path load ckpt_dir hf_model pretrained_model_cfg", "HSFTBM",
+            "model.path", "a directory or a hub name"),
         key("task_type task problem_type", "SF", "task", "embedding or reranker"),
         unneeded("model_type template config_name tokenizer_name tokenizer_name_or_path tokenizer use_chat_template "
                  "use_slow_tokenizer architecture", "HSFT", "family and tokenizer are those of the directory at "
@@ -40,6 +42,12 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         unneeded("append_eos_token add_eos_token append_eos", "T", "training with pooling lasttoken appends the "
                  "tokenizer's EOS, unless the tokenizer does"),
         key("matryoshka_dims mrl_dims matryoshka_dimensions", "B", "embedding.matryoshka_dims", "largest first"),
+        key("truncate_dim", "B", "embedding.matryoshka_dims", "widths that the loss is also taken at; `evaluate "
+            "--dims` and `search --dim` truncate vectors"),
+        key("projection_out_dim embedding_size output_dim embedding.dim embedding.dimension embedding.dimensions", "T",
+            "embedding.embedding_dim", "of a new linear layer over the pooled vector"),
+        key("similarity_fct similarity similarity_fn_name similarity_function", "B", "embedding.normalize", "true "
+            "compares by cosine, false by dot product"),
         key("bidirectional is_causal_false use_bidirectional_attention", "T", "model.bidirectional"),
         key("num_labels num_classes", "HSB", "reranker.head", "a reranker has one score; head: score or yes_no"),
         key("use_sigmoid activation_fn default_activation_function", "B", "reranker.activation", "sigmoid or identity"),
@@ -56,29 +64,28 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                     "from the first step"),
         unsupported("sparse_vector use_sparse splade_reg", "FT", "set embedding.head: sparse, and the regularizers of "
                     "objective"),
-        unsupported("untie_encoder share_encoder add_pooler projection_in_dim projection_out_dim", "T", "one encoder "
-                    "gives the vectors of queries and documents, without a projection"),
+        unsupported("untie_encoder share_encoder add_pooler projection_in_dim", "T", "one encoder gives the vectors of "
+                    "queries and documents; embedding.embedding_dim adds a linear layer over the pooled vector"),
         unsupported("start_layer head_multi head_type compress_ratio compress_layers cutoff_layers", "F", "rerankers "
                     "here score at the last layer"),
         unsupported("max_pixels freeze_vit freeze_aligner freeze_llm vit_lr aligner_lr image_folder encode_image", "ST",
                     "only texts can be trained on"),
     ),
     "Data": (
-        key("dataset dataset.path dataset.file train_dataset.path data.file "
-            "dataset.train data.train data.path "
+        key("dataset dataset.path dataset.file train_dataset.path data.file dataset.train data.train data.path "
             "train_dataset train_data train_file train_files data_path dataset_path train_path training_data "
-            "data_files datasets train_data_path train_set data_dir", "HSFTB", "data.train",
+            "data_files datasets train_data_path train_set data_dir train_datasets", "HSFTB", "data.train",
             "a list of files, folders or hub names; `data: {train: [FILE.jsonl]}`"),
         key("dataset_name dataset.name", "HT", "data.train", "org/name:config/split of the hub"),
         key("dataset_config dataset_config_name subset", "HT", "data.train", "write it into the path: org/name:config"),
         key("dataset_split split train_split", "HT", "data.train", "write it into the path: org/name:config/split"),
         key("corpus_name corpus_path corpus_config corpus_split corpus_file", "T", "data.train.corpus",
             "of the entry whose rows name their documents by id"),
-        key("val_dataset data.val data.validation data.dev data.eval "
-            "eval_dataset validation_file valid_data eval_data val_data val_file eval_file dev_data "
-            "validation_data dev_file valid_file val_files dataset.val dataset.validation", "HSFB", "data.validation"),
+        key("val_dataset data.val data.validation data.dev data.eval eval_dataset validation_file valid_data "
+            "eval_data val_data val_file eval_file dev_data validation_data dev_file valid_file val_files dataset.val "
+            "dataset.validation dev_datasets eval_set dev_set", "HSFB", "data.validation"),
         key("split_dataset_ratio validation_split val_split validation_ratio val_size test_size eval_ratio val_ratio "
-            "validation_split_percentage", "HS", "data.validation_fraction"),
+            "validation_split_percentage train_test_split", "HS", "data.validation_fraction"),
         key("columns column_mapping column_map rename_columns", "S", "data.train.columns", "{column of the file: "
             "field}, as in {question: query, answer: positive}"),
         key("anchor_column sentence1_column query_column query_field", "B", "data.train.columns", "{that column: "
@@ -88,8 +95,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("negative_column negative_field", "B", "data.train.columns", "{that column: negatives}"),
         key("target_column label_column score_column", "B", "data.train.columns", "{that column: score}"),
         key("streaming", "HS", "data.train.streaming", "of one entry"),
-        key("max_train_samples max_samples max_example_num_per_dataset num_samples", "HF", "data.train.rows",
-            "of one entry that is streamed; of a file give one with fewer rows"),
+        key("max_train_samples max_samples max_example_num_per_dataset num_samples max_train_rows", "HF",
+            "data.train.rows", "of one entry that is streamed; of a file give one with fewer rows"),
         key("interleave_prob probabilities mixing_weights", "S", "data.train.weight", "of each entry"),
         key("shuffle dataset_shuffle train_dataloader_shuffle", "S", "data.shuffle"),
         unneeded("shuffle_buffer_size val_dataset_shuffle stopping_strategy", "S", "an epoch is one permutation of "
@@ -119,12 +126,13 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         unneeded("padding padding_side pad_to_multiple_of padding_free packing pad_to_max_length group_by_length "
                  "length_column_name variable_seq_lengths", "HSFTM", "texts are packed one after the other, without "
                  "padding between them"),
-        key("train_group_size train_n_passages n_passages "
-            "group_size", "FT", "data.num_negatives", "the group's size - 1, since a group also "
-            "holds the positive"),
-        key("num_negatives loss.hard_negatives "
-            "num_hard_negatives infonce_hard_negatives max_negative_samples negs_to_use negative_number "
-            "num_neg", "SB", "data.num_negatives"),
+        key("train_group_size train_n_passages n_passages group_size", "FT", "data.num_negatives", "the group's size - "
+            "1, since a group also holds the positive"),
+        key("num_negatives loss.hard_negatives num_hard_negatives infonce_hard_negatives max_negative_samples "
+            "negative_number data.hard_negatives num_neg num_hard_neg negatives_per_query num_negs_per_system", "SB",
+            "data.num_negatives"),
+        unsupported("negs_to_use ce_score_margin", "B", "training takes the negatives that the rows have; `mine` "
+                    "writes them, with --relative-margin and --reranker"),
         key("max_positive_samples", "S", "data.num_positives", "embedding models; a reranker takes all positives"),
         key("positive_passage_no_shuffle", "T", "data.document_sampling", "first"),
         key("negative_passage_no_shuffle", "T", "data.document_sampling", "first"),
@@ -146,11 +154,9 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                     "rows"),
     ),
     "Loss": (
-        key("loss_type trainer "
-            "loss loss.type loss.name loss_function loss_fn train_loss criterion", "SB", "objective.loss",
-            "docs/objectives.md lists the losses"),
-        key("temperature t "
-            "infonce_temperature tau temp loss.temperature softmax_temperature", "SFT",
+        key("loss_type trainer loss loss.type loss.name objective.type objective.name loss_function loss_fn train_loss "
+            "criterion", "SB", "objective.loss", "docs/objectives.md lists the losses"),
+        key("temperature t infonce_temperature tau temp loss.temperature softmax_temperature", "SFT",
             "objective.temperature"),
         key("scale similarity_scale", "B", "objective.temperature", "1 / scale"),
         key("infonce_use_batch use_inbatch_neg use_in_batch_negatives in_batch_negatives use_batch", "SF",
@@ -160,6 +166,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("infonce_fake_neg_margin fake_neg_margin", "S", "objective.mask_margin"),
         key("infonce_include_qq include_qq", "S", "objective.directions", "add query_to_query"),
         key("infonce_include_dd include_dd", "S", "objective.directions", "add document_to_document"),
+        key("symmetric symmetric_loss", "B", "objective.directions", "query_to_document and document_to_query, with "
+            "objective.partition: per_direction"),
         key("negatives_cross_device gather_across_devices cross_device_negatives cross_batch_negatives "
             "negatives_x_device", "FB", "objective.negatives", "negatives are always those of all data-parallel "
             "ranks; micro_batch leaves out accumulated micro-batches"),
@@ -195,9 +203,10 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("num_train_epochs epochs num_epochs max_epochs n_epochs epoch", "HSFTB", "training.epochs",
             "not together with train_steps"),
         key("max_steps train_iters max_train_steps total_steps num_train_steps num_steps training_steps "
-            "total_num_steps train_steps", "HSM", "training.train_steps"),
+            "total_num_steps train_steps iterations num_iterations", "HSM", "training.train_steps"),
         key("learning_rate lr peak_lr optimizer.params.lr", "HSFTBDM", "training.learning_rate"),
         key("min_lr lr_end min_learning_rate warmup_min_lr", "HM", "training.min_learning_rate"),
+        unneeded("warmup_max_lr", "D", "training.learning_rate is the top of the warmup"),
         key("warmup_ratio lr_warmup_fraction warmup_proportion warmup_fraction", "HSFTM", "training.warmup_ratio"),
         key("warmup_steps num_warmup_steps lr_warmup_iters warmup_num_steps lr_warmup_steps warmup", "HBDM",
             "training.warmup_steps"),
@@ -212,10 +221,9 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("adam_beta2", "HSM", "training.adam_beta2"),
         key("adam_epsilon adam_eps optimizer.params.eps eps epsilon", "HDM", "training.adam_eps"),
         key("betas optimizer.params.betas", "D", "training.adam_beta1 training.adam_beta2"),
-        key("optim optimizer "
-            "optimizer.name "
-            "optimizer_type optimizer.type optimizer_name optim_type", "HSD", "optimizer.name", "adamw, adamw_8bit "
-            "(bitsandbytes') or muon; settings: adam_beta1, adam_beta2, adam_eps and weight_decay of section training"),
+        key("optim optimizer optimizer.name optimizer_type optimizer.type optimizer_name optim_type", "HSD",
+            "optimizer.name", "adamw, adamw_8bit (of bitsandbytes) or muon; settings: adam_beta1, adam_beta2, adam_eps "
+            "and weight_decay of section training"),
         unsupported("optim_args learning_rate_mapping use_galore galore_rank galore_update_proj_gap "
                     "galore_quantization lisa_activated_layers use_muonclip lorap_lr_ratio loraplus_lr_ratio", "HSB",
                     "the optimizer is AdamW with one learning rate; LoRA needs less memory than GaLore"),
@@ -227,15 +235,19 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
             "set here, whatever config.json has"),
         key("attention_dropout attention_probs_dropout_prob attention_dropout_prob attn_pdrop", "HM",
             "training.attention_dropout", "0 unless it is set here, whatever config.json has"),
+        unsupported("ema_decay use_ema ema", "H", "no moving average of the weights is kept; `merge --method linear` "
+                    "averages exports"),
         key("seed random_seed", "HSFTB", "training.seed"),
         unneeded("data_seed dataset_seed", "HS", "training.seed is the seed of everything"),
         key("full_determinism deterministic", "HS", "training.deterministic"),
         unneeded("use_liger_kernel torch_compile torch_compile_backend torch_compile_mode apply_rope_fusion use_cache "
-                 "torch_empty_cache_steps cross_entropy_loss_fusion low_cpu_mem_usage bias_swiglu_fusion", "HSM",
+                 "torch_empty_cache_steps cross_entropy_loss_fusion low_cpu_mem_usage bias_swiglu_fusion "
+                 "use_logits_to_keep", "HSM",
                  "the losses here never hold a vocabulary's logits; kernels are chosen by model.attention"),
         unneeded("do_train train "
                  "do_eval do_predict disable_tqdm log_level logging_first_step logging_strategy "
-                 "ignore_args_error debug skip_memory_metrics logging_nan_inf_filter full_eval", "HS", "the command "
+                 "ignore_args_error debug skip_memory_metrics logging_nan_inf_filter full_eval plot_loss past_index "
+                 "wall_clock_breakdown", "HSD", "the command "
                  "says what is done, and every logging.every_steps is logged"),
     ),
     "LoRA": (
@@ -246,7 +258,7 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
             "lora_r lora.r lora.rank peft_lora_r", "HSFT", "lora.rank"),
         key("lora_alpha peft.alpha lora_config.alpha "
             "lora.lora_alpha lora.alpha peft_lora_alpha", "HSFT", "lora.alpha"),
-        key("lora_dropout peft.dropout lora_config.dropout "
+        key("lora_dropout peft.dropout lora_config.dropout lora_dropout_p "
             "lora.lora_dropout lora.dropout", "HSFT", "lora.dropout"),
         key("target_modules lora_target_modules lora_target lora.target_modules lora_modules", "HSFT",
             "lora.target_modules"),
@@ -277,8 +289,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
             "save output_path save_dir checkpoint_dir output out_dir output_model_dir model_save_path",
             "HSFTBM", "checkpoint.directory checkpoint.export_at_end", "training state in the first, the trained "
             "model in the second"),
-        unneeded("overwrite_output_dir add_version", "HS", "a run resumes from checkpoint.directory; nothing is "
-                 "overwritten"),
+        unneeded("overwrite_output_dir add_version overwrite", "HS", "a run resumes from checkpoint.directory; nothing "
+                 "is overwritten"),
         unneeded("resume_from_checkpoint resume resume_only_model ignore_data_skip auto_resume load_args "
                  "load_checkpoint_path restore_callback_states_from_checkpoint", "HS", "the same command resumes if "
                  "checkpoint.directory holds a checkpoint"),
@@ -289,15 +301,16 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("save_total_limit checkpoint_save_total_limit max_checkpoints keep_last_n", "HSF", "checkpoint.keep"),
         unsupported("save_only_model no_save_optim no_save_rng save_on_each_node", "HSM", "a checkpoint always holds "
                     "the optimizer, so that a run can resume; lower checkpoint.keep to save space"),
-        key("load_best_model_at_end save_best_model", "HB", "checkpoint.export", "best, with checkpoint.export_at_end"),
+        key("load_best_model_at_end save_best_model save_best", "HB", "checkpoint.export", "best, with "
+            "checkpoint.export_at_end"),
         key("metric_for_best_model best_metric", "H", "evaluation.best_metric", "ndcg@10, spearman, loss, ..."),
         unneeded("greater_is_better", "H", "it follows from evaluation.best_metric"),
         key("early_stopping_patience early_stopping early_stop_interval patience early_stopping_steps", "H",
             "evaluation.patience", "evaluations without a better best_metric"),
         key("eval_steps evaluation_steps eval_interval eval_every evaluation_interval eval_freq", "HSBM",
             "evaluation.every_steps"),
-        key("eval_strategy evaluation_strategy", "HS", "evaluation.every_steps", "data.validation or "
-            "evaluation.retrieval say what is evaluated"),
+        key("eval_strategy evaluation_strategy evaluation.strategy", "HS", "evaluation.every_steps", "data.validation "
+            "or evaluation.retrieval say what is evaluated"),
         key("eval_on_start", "H", "evaluation.at_start"),
         unneeded("per_device_eval_batch_size eval_batch_size eval_accumulation_steps eval_iters eval_delay "
                  "prediction_loss_only predict_with_generate per_gpu_eval_batch_size batch_eval_metrics eval_limit",
@@ -357,7 +370,7 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("transformer_impl", "M", "model.backend", "te, torch, or auto, the default: te where it can run"),
         unsupported("fp8_param_gather decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers", "M", "leave "
                     "it out; weights are float32 or bfloat16, and layers are divided evenly over the stages"),
-        unneeded("manual_gc manual_gc_interval ckpt_format finetune no_load_optim no_load_rng "
+        unneeded("manual_gc manual_gc_interval ckpt_format load_safetensors finetune no_load_optim no_load_rng "
                  "calculate_per_token_loss dataloader_type log_throughput use_cpu_initialization no_initialization "
                  "attention_softmax_in_fp32", "M", "set by the layout and the model here"),
         key("use_precision_aware_optimizer", "M", "optimizer.precision_aware"),
@@ -373,6 +386,12 @@ _BY_NAME = {name: word for words in FOREIGN_WORDS.values() for word in words for
 def normalized(name: str) -> str:
     """An option or key as the table spells it: `--Learning-Rate` is learning_rate."""
     return name.strip().lstrip("-").lower().replace("-", "_")
+
+
+def near_foreign_name(key: str, cutoff: float) -> str | None:
+    """The name in the table that is most like a key, from this similarity on."""
+    names = [name for name in _BY_NAME if "." not in name]
+    return next(iter(difflib.get_close_matches(normalized(key), names, n=1, cutoff=cutoff)), None)
 
 
 def foreign_word(dotted: str) -> ForeignWord | None:

@@ -5,12 +5,16 @@ import difflib
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin, get_type_hints
 
-from megatron_embed.config.foreign_table import foreign_word
+from megatron_embed.config.foreign_table import foreign_word, near_foreign_name
 from megatron_embed.config.yaml_tree import COMMAND_LINE, Node
 from megatron_embed.errors import ConfigError
 
 _MANY_FOREIGN = 2
 """Number of foreign keys from which on the refusal names the command that translates a file."""
+
+
+_A_SLIP = 0.85
+"""Similarity from which on a key is a name with a slip of the pen, as difflib measures it."""
 
 
 def refuse_unknown_keys(target: Any, tree: Node) -> None:
@@ -93,6 +97,10 @@ class _Known:
             return word.answer(key)
         if same is not None:
             return f"did you mean '{same}'?"
+        if not difflib.get_close_matches(key, own, n=1, cutoff=_A_SLIP) and (name := near_foreign_name(key, _A_SLIP)):
+            meant = foreign_word(name)
+            assert meant is not None
+            return f"did you mean '{name}'? {meant.answer(name)}"
         if near := difflib.get_close_matches(key, own, n=1):
             return f"did you mean '{near[0]}'?"
         if near := difflib.get_close_matches(key, self._by_name, n=1, cutoff=0.75):

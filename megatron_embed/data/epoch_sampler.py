@@ -77,8 +77,7 @@ class EpochSampler(Sampler):
                 self._duplicates.append(epoch.num_duplicates)
                 if epoch.num_duplicates and not any(self._duplicates[:-1]):
                     logger.warning("epoch %d: %d of %d rows share a global batch with an equal text (one text is in %d "
-                                   "rows); objective.mask_duplicates: true keeps them from being each other's "
-                                   "negatives",
+                                   "rows); they are each other's negatives unless objective.mask_duplicates is true",
                                    epoch_index, epoch.num_duplicates, self.num_rows, self._texts.most_rows)
             while len(self._cache) >= _CACHED_EPOCHS:
                 del self._cache[next(iter(self._cache))]

@@ -101,7 +101,7 @@ def _read_list(fields: Fields) -> RerankRecord:
 
 def _columns(anchor: str, positive: str, *, needs_column: bool = False) -> Format:
     return Format(
-        name=f"Sentence Transformers ({anchor}, {positive}, negative or label)", required=(anchor, positive),
+        name=f"Sentence Transformers ({anchor}, {positive}; negatives, label or score)", required=(anchor, positive),
         optional=("instruction", "negative", *foreign_formats.LABEL_COLUMNS), columns=True, needs_column=needs_column,
         read=functools.partial(foreign_formats.read_columns, anchor=anchor, positive=positive))
 

@@ -242,7 +242,7 @@ def is_array(path: str, key: str) -> bool:
 
 
 def parse_array(path: str, key: str) -> Iterator[tuple[dict[str, object], str]]:
-    """The objects of a JSON array, each with its FILE:LINE. Memory: the whole file.
+    """The objects of a JSON array, each with its FILE:LINE, in a file of one line FILE:ROW. Memory: the whole file.
 
     Raises:
         ConfigError: the file cannot be opened, or is larger than LARGEST_ARRAY.
@@ -263,15 +263,16 @@ def parse_array(path: str, key: str) -> Iterator[tuple[dict[str, object], str]]:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8: byte 0x{raw[error.start]:02x}; save the file as UTF-8") from None
     position, line, counted = text.index("[") + 1, 1, 0
-    separator = ""
+    separator, number, one_line = "", 0, "\n" not in text.strip()
     while True:
+        number += 1
         position = _after_blanks(text, position)
         line, counted = line + text.count("\n", counted, position), position
         source = f"{path}:{line}"
         if text[position:position + 1] == "]" and separator != ",":
             break
         row, position = _element(text, position, source)
-        yield row, source
+        yield row, f"{path}:{number}" if one_line else source
         position = _after_blanks(text, position)
         separator = text[position:position + 1]
         if separator == "]":

@@ -132,7 +132,7 @@ class GlobalBatchSampler(Sampler):
         if num_duplicates and not self.num_duplicates:
             # NOTE: a block may end after the run, and steps of one of several sets are its turns: no steps are named.
             logger.warning("%s: %d of %d drawn rows share a global batch with an equal text (one text is in %d rows); "
-                           "objective.mask_duplicates: true keeps them from being each other's negatives",
+                           "they are each other's negatives unless objective.mask_duplicates is true",
                            self._name, num_duplicates, len(rows), texts.most_rows)
         self.num_duplicates += num_duplicates
         return rows[np.array(batches, dtype=np.int64)]

@@ -27,6 +27,7 @@ class Draft:
         remarks: sentences for the head of the file.
         is_reranker: whether the task is reranker; otherwise it is embedding.
         defaults: values of the other trainer for settings that are not given.
+        num_rows: rows of `data.train`; None: not known, since they are not on this machine or too many to count.
     """
 
     def __init__(self, settings: ForeignSettings, task: str) -> None:
@@ -35,6 +36,7 @@ class Draft:
         self.trainer = settings.launch.trainer
         self.values: dict[str, tuple[Any, str]] = {}
         self.remarks: list[str] = []
+        self.num_rows: int | None = None
         self.defaults = DEFAULTS.get(self.trainer, {}) | DEFAULTS.get(f"{self.trainer} {task}", {})
 
     def set(self, key: str, value: object, comment: str) -> None:
@@ -119,7 +121,8 @@ def _parsed(text: str) -> object:
 def unused_remarks(draft: Draft) -> None:
     """A remark for each setting that nothing has translated, and one for those that changed nothing."""
     for setting in draft.settings.unused():
-        draft.remark(_about(setting))
+        if setting.value is not None:
+            draft.remark(_about(setting))
     text = " ".join(line.strip().removeprefix("#").strip() for line in draft.text().splitlines())
     silent = [setting.written for setting in draft.settings.given.values() if not _named_in(setting, text)]
     if silent:

@@ -194,8 +194,11 @@ def _is_option(word: str) -> bool:
 
 
 def _value(text: str) -> object:
-    """A value of a command line: JSON where it is an object or a list, otherwise a plain value of YAML."""
-    return _json_in(text) if text.startswith(("{", "[")) else plain_scalar(text)
+    """A value of a command line: JSON where it is an object or a list, Hydra's `[a,b]`, else a plain value of YAML."""
+    value = _json_in(text) if text.startswith(("{", "[")) else plain_scalar(text)
+    if isinstance(value, str) and re.fullmatch(r"\[[^\[\]]*\]", value):
+        return [plain_scalar(item.strip()) for item in value[1:-1].split(",") if item.strip()]
+    return value
 
 
 def _json_in(text: str) -> object:
@@ -247,7 +250,8 @@ def _plain_value(node: Node) -> object:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | bool) else str(value)
+    plain = isinstance(value, dict | list | bool) or value is None
+    text = json.dumps(value, ensure_ascii=False) if plain else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

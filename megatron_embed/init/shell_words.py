@@ -18,6 +18,8 @@ _PIECE = re.compile(r"""
 """, re.VERBOSE | re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?[-=]([^}]*))?\}|(\w+))")
 _ARRAY = re.compile(r"(?ms)^[ \t]*(\w+)=\((.*?)\)[ \t]*$")
+_ARGUMENTS = re.compile(r"\$(?:[@*]|\{[@*][^}]*\})")
+"""What stands for the arguments of a script, of which it knows none."""
 _KEYWORDS = ("then", "do", "else", "if", "fi", "done", "{", "}", "(", ")", "!", "set")
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
@@ -33,6 +35,7 @@ def commands_of(text: str) -> tuple[list[list[str]], dict[str, str]]:
     variables: dict[str, str] = {}
     commands = []
     for words in _split(_with_arrays(text), variables):
+        words = [word for word in words if not _ARGUMENTS.fullmatch(word)]
         while words and words[0] in _KEYWORDS:
             words = words[1:]
         names = [ASSIGNMENT.fullmatch(word) for word in words if word not in ("export", "declare")]

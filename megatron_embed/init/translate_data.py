@@ -1,6 +1,5 @@
 """The data of another trainer in ours: files, columns, prompts and lengths."""
 
-import itertools
 import os
 import re
 
@@ -16,6 +15,8 @@ from megatron_embed.init.foreign_settings import Setting
 from megatron_embed.init.translate_loss import ALL_NEGATIVES_NOTE
 
 _ROWS_LOOKED_AT = 1000
+_LARGEST_COUNTED = 64 << 20
+"""Bytes of the files from which on their rows are not counted."""
 
 _PATH_KEYS = ("path", "local_csv", "local_jsonl", "local_file", "file", "file_name", "hf_dataset", "ms_dataset",
               "dataset", "dataset_id", "dataset_name", "name", "data_files", "local")
@@ -84,7 +85,7 @@ def _entry(draft: Draft, path: str, elsewhere: bool) -> list[dict[str, object]]:
     if mark and not count.isdecimal():
         body, count = path, ""
     name, colon, subset = body.rpartition(":") if re.match(r"[\w./-]+:[\w./-]+$", body) else (body, "", "")
-    if _FILE.fullmatch(body) or os.path.exists(body) or body.startswith((".", "/", "~")):
+    if _is_file(body):
         if count:
             draft.remark(f"{path}: {count} rows at random; a file is read whole here, so write those rows into a file")
         return [{"path": body}]
@@ -105,6 +106,11 @@ def _entry(draft: Draft, path: str, elsewhere: bool) -> list[dict[str, object]]:
     return entries
 
 
+def _is_file(path: str) -> bool:
+    """Whether a data set is a file or folder of a machine; otherwise it is one of the hub."""
+    return _FILE.fullmatch(path) is not None or os.path.exists(path) or path.startswith((".", "/", "~"))
+
+
 def _hub_entry(draft: Draft) -> tuple[list[dict[str, object]], str] | None:
     """The entry of dataset_name with dataset_config and dataset_split, and the comment; None if it is not given."""
     name, config = draft.settings.take("dataset_name"), draft.settings.take("dataset_config")
@@ -115,6 +121,8 @@ def _hub_entry(draft: Draft) -> tuple[list[dict[str, object]], str] | None:
         return [], name.written
     path = str(name.value)
     written = [name.written]
+    if _is_file(path):  # data sets of the hub alone have configurations and splits
+        return [{"path": path}], ", ".join(part.written for part in (name, config, split) if part is not None)
     if config is not None or (split is not None and split.value != "train"):
         path += f":{config.value if config else 'default'}"
         written += [config.written] if config else []
@@ -154,27 +162,36 @@ def _add_to_entries(draft: Draft, entries: list[dict[str, object]]) -> list[str]
 
 
 def _look_at_rows(draft: Draft, entries: list[dict[str, object]]) -> None:
-    """Compare the first rows of the files that are on this machine with the loss, and count their negatives."""
+    """Compare the first rows of the files that are on this machine with the loss; count their negatives, and rows."""
     loss, most = draft.value("objective.loss"), 0
     kind: Kind = "rerank" if draft.is_reranker else "pairs" if loss in LABELLED_PAIRS else "contrastive"
-    seen = False
+    num_rows, counts_all = 0, True
     for entry in entries:
         path = str(entry["path"])
-        if not (os.path.isfile(path) or files_of(path)):
+        files = [path] if os.path.isfile(path) else files_of(path)
+        if not files:
+            counts_all = False
             continue
+        counts = sum(map(os.path.getsize, files)) <= _LARGEST_COUNTED
+        counts_all &= counts
         columns = entry.get("columns")
         file = TrainFile(path=path, columns=columns if isinstance(columns, dict) else {})
         try:
             rows = open_rows(path, "data.train")
             reader = RowReader(file, kind, holds_texts=rows.holds_texts)
-            for row, source in itertools.islice(rows.scan(), _ROWS_LOOKED_AT):
-                record = reader.read(row, source)
-                seen = True
-                most = max(most, len(record.negatives) if isinstance(record, Record) else 0)
+            for number, (row, source) in enumerate(rows.scan()):
+                if number < _ROWS_LOOKED_AT:
+                    record = reader.read(row, source)
+                    most = max(most, len(record.negatives) if isinstance(record, Record) else 0)
+                elif not counts:
+                    break
+                num_rows += 1
         except UserError as error:
             draft.remark(f"THE ROWS DO NOT FIT: {error}")
             return
-    if seen and "data.num_negatives" in draft.values and draft.values["data.num_negatives"][1] == ALL_NEGATIVES_NOTE:
+    draft.num_rows = num_rows if counts_all else None
+    negatives = draft.values.get("data.num_negatives")
+    if num_rows and negatives is not None and negatives[1] == ALL_NEGATIVES_NOTE:
         needed = loss in WITH_HARD_NEGATIVES or any(entry.get("in_batch_negatives") is False for entry in entries)
         draft.set("data.num_negatives", max(most, int(needed)),
                   f"all that a row has, by the first {_ROWS_LOOKED_AT} rows of each file")

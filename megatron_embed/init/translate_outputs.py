@@ -14,7 +14,8 @@ def translate_outputs(draft: Draft) -> None:
     folder = str(output.value).rstrip("/") if output is not None else "runs/translated"
     draft.set("checkpoint.directory", f"{folder}/checkpoints", output.written if output is not None else
               "no directory is given")
-    draft.set("checkpoint.export_at_end", f"{folder}/model", "the trained model, for Sentence Transformers")
+    library = "CrossEncoder of Sentence Transformers" if draft.is_reranker else "Sentence Transformers"
+    draft.set("checkpoint.export_at_end", f"{folder}/model", f"the trained model, for {library}")
     _translate_interval(draft, "save_steps", "save_strategy", "checkpoint.save_every_steps")
     keep = draft.whole("save_total_limit", "checkpoint.keep")
     if keep is not None and keep[0] > 0:
@@ -32,11 +33,15 @@ def translate_outputs(draft: Draft) -> None:
 
 
 def _translate_interval(draft: Draft, steps_name: str, strategy_name: str, key: str) -> None:
-    """Steps between saves, or between evaluations; an epoch is told in words."""
+    """Steps between saves, or between evaluations; an epoch of rows that are not here is told in words."""
     steps, strategy = draft.number(steps_name, key), draft.settings.take(strategy_name)
     kind = "steps" if strategy is None else plain(strategy.value)
     if kind == "epoch" and strategy is not None and "save" in key:
         draft.set("checkpoint.save_every_epochs", 1, strategy.written)
+    elif kind == "epoch" and strategy is not None and draft.num_rows:
+        trained = draft.num_rows * (1 - float(draft.value("data.validation_fraction", 0)))
+        batch = int(draft.value("training.global_batch_size"))
+        draft.set(key, max(round(trained / batch), 1), f"{strategy.written}: an epoch is {trained:,.0f} rows / {batch}")
     elif kind == "epoch" and strategy is not None:
         draft.remark(f"{strategy.written}: {key} counts steps; an epoch has the number of rows / "
                      f"{draft.value('training.global_batch_size', 'training.global_batch_size')} steps")

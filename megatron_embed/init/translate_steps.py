@@ -50,9 +50,11 @@ def accumulation(draft: Draft) -> int:
     """Micro-batches of a device in an optimizer step of the other trainer."""
     given, whole = draft.settings.peek("gradient_accumulation_steps"), draft.settings.peek("train_batch_size")
     per_device = draft.settings.peek("per_device_train_batch_size")
-    if isinstance(whole, int) and isinstance(per_device, int):
+    counted = isinstance(given, int | float) and not isinstance(given, bool) and given >= 1
+    of_known_devices = draft.settings.launch.devices is not None or not counted
+    if isinstance(whole, int) and isinstance(per_device, int) and of_known_devices:
         return max(whole // (per_device * data_parallel(draft)[0]), 1)
-    if isinstance(given, int | float) and not isinstance(given, bool) and given >= 1:
+    if isinstance(given, int | float) and counted:
         return int(given)
     if draft.trainer == "ms-swift":
         size = per_device if isinstance(per_device, int) else 1

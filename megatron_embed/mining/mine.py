@@ -181,10 +181,11 @@ class MiningJob:
                     len(self.records), sum(counts), len(task.documents), sum(count < num_negatives for count in counts),
                     num_negatives, counts.count(0))
         if dropped:
-            logger.info("%s: %d rows with fewer than %d negatives are left out", output, dropped, self.least_negatives)
+            logger.info("%s: %d rows with fewer than %d negatives are left out, %d remain", output, dropped,
+                        self.least_negatives, len(counts) - dropped)
         logger.info("%s", report(mined, self.options))
         if self.show:
-            logger.info("%s", samples(self.records, task, mined, self.show))
+            logger.info("%s", samples(self.records, task, mined, self.show, self.least_negatives))
         return None
 
 

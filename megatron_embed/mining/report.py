@@ -26,10 +26,13 @@ def report(mined: Sequence[Mined], options: MiningOptions) -> str:
     return "\n".join([*lines, *_skipped(mined, options)])
 
 
-def samples(records: Sequence[Record], task: MiningTask, mined: Sequence[Mined], count: int) -> str:
-    """`count` rows, spread evenly over the file, with their positives and negatives and the scores of these."""
+def samples(records: Sequence[Record], task: MiningTask, mined: Sequence[Mined], count: int,
+            least_negatives: int = 0) -> str:
+    """`count` rows, spread evenly over those that are written, with their positives and negatives and the scores of
+    these; rows with fewer negatives than `least_negatives` are not written."""
     lines = []
-    for row in np.unique(np.linspace(0, len(records) - 1, count).round().astype(int)).tolist():
+    rows = [row for row, query in enumerate(task.query_of_row) if len(mined[query].negatives) >= least_negatives]
+    for row in np.unique(np.take(rows, np.linspace(0, len(rows) - 1, count).round().astype(int))).tolist():
         record, query = records[row], task.query_of_row[row]
         result = mined[query]
         score_of = {task.documents[document]: score

@@ -29,6 +29,7 @@ for _message in ("Transformer Engine and Apex are not installed", "Apex is not i
                  "`load_state_dict` is deprecated",
                  "The .grad attribute of a Tensor that is not a leaf",
                  "MimoModelConfig is experimental",
+                 "`is_gradient_checkpointing` is deprecated",  # Transformers of PEFT
                  "The argument order of load has been changed", "Please use DTensor instead",
                  "torch.distributed is disabled, unavailable or uninitialized",
                  "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"):

@@ -155,7 +155,7 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest, on_
     if config.checkpoint.export_at_end is not None:
         steps = resume_state(config).steps
         parts.export(load_checkpoint_to_export(config, best, models, steps), steps)
-    if metrics and topology.rank == 0:
+    if topology.rank == 0:
         logger.info("%s", summary(inputs, metrics, best, seconds=time.monotonic() - started))
     return metrics
 

@@ -111,7 +111,10 @@ def _wrong_positives(log: RunLog) -> str | None:
     positive, negative = log.late("positive_similarity"), log.late("negative_similarity")
     if chance is None or last is None or accuracy is None or positive is None or negative is None:
         return None
-    if last < 0.9 * chance or accuracy > 3 * math.exp(-chance) or positive - negative > 0.05:
+    held_out = [row["eval/margin_to_mean_negative"] for row in log.evaluations if "eval/margin_to_mean_negative" in row]
+    by_heart = bool(held_out) and held_out[-1] < 0.01  # some rows of a few epochs, but nothing of the others
+    guesses = by_heart or accuracy <= 3 * math.exp(-chance)
+    if last < 0.9 * chance or not guesses or positive - negative > 0.05:
         return None
     return (f"the loss stays at {last:.3g}, which is guessing (log of the candidates: {chance:.3g}), the accuracy at "
             f"{accuracy:.1%}, and positives are no nearer than negatives ({positive:.2f} and {negative:.2f}): the "
@@ -254,8 +257,8 @@ def _labels_of_one_kind(log: RunLog) -> str | None:
 
 
 def _evaluation_falls(log: RunLog) -> str | None:
-    curve = _curve(log)
-    if curve is None or len(curve) < 3:
+    metric, sign, curve = _curve(log)
+    if len(curve) < 3:
         return None
     values = [value for _, value in curve]
     best = max(range(len(values)), key=values.__getitem__)
@@ -264,34 +267,37 @@ def _evaluation_falls(log: RunLog) -> str | None:
     drop = (values[best] - values[-1]) / max(abs(values[best]), 1e-9)
     if curve[best][0] == 0 or drop < 0.05 or len(after) < 2 or after[-1] > after[0]:
         return None
-    return (f"the evaluation falls from {values[best]:.4f} (step {curve[best][0]:.0f}) to {values[-1]:.4f} while the "
-            "loss falls: the run learns its rows by heart, or wrong negatives; fewer training.epochs, "
-            "evaluation.patience, checkpoint.export: best, and a margin in `mine`")
+    way = "falls" if sign > 0 else "gets worse"
+    return (f"the evaluation {way} ({metric}: {sign * values[best]:.4f} at step {curve[best][0]:.0f}, "
+            f"{sign * values[-1]:.4f} at the end) while the loss falls: the run learns its rows by heart, or wrong "
+            "negatives; fewer training.epochs, evaluation.patience, checkpoint.export: best, and a margin in `mine`")
 
 
 def _worse_than_before(log: RunLog) -> str | None:
-    curve = _curve(log)
-    if curve is None or len(curve) < 2 or curve[0][0] != 0:
+    metric, sign, curve = _curve(log)
+    if len(curve) < 2 or curve[0][0] != 0:
         return None
     before, best = curve[0][1], max(value for _, value in curve[1:])
     if before - best < 0.05 * max(abs(before), 1e-9):
         return None
-    return (f"no evaluation reaches the {before:.4f} of before training (best {best:.4f}): the rows teach something "
-            "else (positives and negatives swapped, another language or direction), training.learning_rate = "
-            f"{_number(log.setting('training.learning_rate'))} is too high, or pooling or prompts are not the model's "
-            "own")
+    return (f"no evaluation reaches the {metric} {sign * before:.4f} of before training (best {sign * best:.4f}): the "
+            "rows teach something else (positives and negatives swapped, another language or direction), "
+            f"training.learning_rate = {_number(log.setting('training.learning_rate'))} is too high, or pooling or "
+            "prompts are not the model's own")
 
 
-def _curve(log: RunLog) -> list[tuple[float, float]] | None:
-    """(step, value) of the metric that compares checkpoints, larger is better; None without one."""
+def _curve(log: RunLog) -> tuple[str, float, list[tuple[float, float]]]:
+    """Name and sign of the metric that compares checkpoints, and (step, sign x value), larger is better; none without
+    one.
+    """
     wanted = str(log.setting("evaluation.best_metric") or "").removeprefix("eval/")
     names = [f"eval/{name}" for name in (wanted, "ndcg@10", "spearman", "rerank/ndcg@10", "loss") if name]
     for name in names:
         values = [(row["step"], row[name]) for row in log.evaluations if name in row]
         if values:
             sign = -1.0 if name.endswith(("loss", "negative_similarity")) else 1.0
-            return [(step, sign * value) for step, value in values]
-    return None
+            return name, sign, [(step, sign * value) for step, value in values]
+    return "", 1.0, []
 
 
 def _list(value: object) -> list[Any]:

@@ -68,11 +68,12 @@ def summary(inputs: Inputs, metrics: Mapping[str, float], best: BestCheckpoint |
     """The end of a run in lines of text: its last step, the best checkpoint, the export, and how to use the model.
 
     Args:
-        metrics: of the last step.
+        metrics: of the last step; empty if there was none left, but an evaluation or the export.
         seconds: since this start began.
     """
     config = inputs.config
-    lines = [f"finished in {duration(seconds)}: loss {metrics['loss']:.4f} in the last step"]
+    end = f"loss {metrics['loss']:.4f} in the last step" if metrics else "no step was left"
+    lines = [f"finished in {duration(seconds)}: {end}"]
     if best is not None and best.so_far is not None:
         metric, step, value = best.so_far
         before = evaluation_after(config, 0).get(metric)
@@ -115,6 +116,8 @@ def _model(inputs: Inputs) -> str:
     if held.frozen.total:
         trained = f"{held.trained.total:,} trained ({held.trained.total / held.total:.2%}) by adapters"
     head = inputs.task.head
+    if held.frozen.total and head is not None and head.kind == "score":
+        trained += " and in the head"
     output = _output(config, model) if head is None else f"head {head.kind}"
     dtype = str(config.model.dtype)
     if dtype == "auto":  # resolved by all ranks together once they have met

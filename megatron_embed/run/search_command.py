@@ -214,6 +214,6 @@ def table(query: str, hits: Sequence[dict[str, Any]], columns: int) -> list[str]
     for hit, name in zip(hits, names, strict=True):
         start = f"{hit['rank']:4d}  {hit['score']:9.4f}  {name[:40]:{width}}  "
         text = one_line(hit["text"][:4 * columns])
-        width = max(columns - len(start), 20)
-        lines.append(start + (text if len(text) <= width else text[:width - 1] + "…"))
+        space = max(columns - len(start), 20)
+        lines.append(start + (text if len(text) <= space else text[:space - 1] + "…"))
     return [*lines, ""]

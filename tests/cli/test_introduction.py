@@ -106,6 +106,15 @@ def test_first_and_last_words_of_a_run_and_its_saves(tmp_path, model, small_beir
     assert f"model = megatron_embed.load('{tmp_path}/run/best')" in end and "model.encode(" in end
 
 
+def test_last_words_of_a_start_that_has_the_export_left(tmp_path, model, small_beir):
+    config = write(tmp_path, model, small_beir)
+    started([config, "evaluation.every_steps=4"])
+    ((_, words),) = started([config, "evaluation.every_steps=4", f"checkpoint.export_at_end={tmp_path}/export"])
+    end = "\n".join(words[-6:])
+    assert "finished in 0:0" in end and ": no step was left" in end
+    assert f"model = megatron_embed.load('{tmp_path}/export')" in end
+
+
 @pytest.mark.slow
 def test_an_evaluation_before_training_changes_no_step(tmp_path, model, small_beir):
     """Not even one with dropout, whose random numbers follow from the step alone."""

@@ -74,6 +74,16 @@ def test_graph_and_table(model, corpus, caplog):
     assert other.splitlines() == lines and (corpus / "vectors.npy.ivf-16" / "000000.faiss").is_file()
 
 
+def test_texts_of_all_hits_begin_in_one_column():
+    from megatron_embed.run.search_command import table
+
+    hits = [{"rank": rank, "score": 0.5, "row": rank, "id": name, "text": "x" * 200}
+            for rank, name in enumerate(("a", "document 22", "c"), start=1)]
+    lines = table("q", hits, 80)[1:4]
+    assert [line.index("x") for line in lines] == [lines[0].index("x")] * 3
+    assert all(len(line) == 80 and line.endswith("x…") for line in lines)
+
+
 @pytest.mark.parametrize("more, words", [
     ([], ["--query", "there is no query"]),
     (["--query", "a", "--ef-search", "9"], ["--ef-search", "--index hnsw"]),

@@ -69,6 +69,28 @@ def test_sixty_keys_of_other_trainers_have_useful_answers(tmp_path):
         assert key == "zero_optimization" or "known here:" not in answer, answer
 
 
+@pytest.mark.parametrize("section, key, words", [
+    ("objective", "name", "objective.loss here"), ("objective", "type", "objective.loss here"),
+    ("data", "hard_negatives", "data.num_negatives here"), ("data", "train_test_split", "data.validation_fraction"),
+    ("embedding", "dimension", "embedding.embedding_dim"), ("checkpoint", "save_best", "checkpoint.export here"),
+    ("training", "ema_decay", "merge --method linear"), ("training", "iterations", "training.train_steps here"),
+    ("optimizer", "type", "adamw_8bit (of bitsandbytes)"), ("objective", "symmetric", "objective.directions"),
+])
+def test_key_of_a_section_is_not_answered_by_one_that_looks_like_it(tmp_path, section, key, words):
+    answer = refusal(tmp_path, f"model: {{path: m}}\n{section}: {{{key}: 1}}\n")
+    assert words in answer and "did you mean" not in answer, answer
+
+
+@pytest.mark.parametrize("section, key, words", [
+    ("training", "save_total_limits", "did you mean 'save_total_limit'? save_total_limit is checkpoint.keep here"),
+    ("data", "max_seq_lenght", "did you mean 'max_seq_length'? max_seq_length is data.query_max_length and"),
+    ("training", "weight_decays", "did you mean 'weight_decay'?"),
+    ("training", "learning_rates", "did you mean 'learning_rate'?"),
+])
+def test_slip_in_another_trainers_name_is_answered_as_the_name(tmp_path, section, key, words):
+    assert words in refusal(tmp_path, f"model: {{path: m}}\n{section}: {{{key}: 1}}\n")
+
+
 def test_names_are_unique_and_answers_name_keys_that_exist():
     names = [name for word in WORDS for name in word.names]
     assert len(names) == len(set(names)) and len(WORDS) >= 80

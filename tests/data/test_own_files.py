@@ -81,7 +81,8 @@ def test_array_of_objects_is_read_with_lines(tmp_path):
     assert [(row.query, row.source.rpartition(":")[2]) for row in records(path)] == [
         ("q0 \u00e9", "2"), ("q1 \u00e9", "8"), ("q2 \u00e9", "14")]
     one_line = write(tmp_path / "one.json.gz", gzip.compress(json.dumps(rows).encode()))
-    assert [row.query for row in records(one_line)] == [row["query"] for row in rows]
+    assert [(row.query, row.source.rpartition(":")[2]) for row in records(one_line)] == [
+        (row["query"], str(number)) for number, row in enumerate(rows, start=1)]
     lines = write(tmp_path / "lines.json", "\n".join(map(json.dumps, rows)))
     assert len(records(lines)) == 3
 

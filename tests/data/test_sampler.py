@@ -160,6 +160,7 @@ def test_a_text_of_too_many_rows_is_spread_evenly_and_reported_once(mini_zh: Rec
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1
     assert "drawn rows share a global batch with an equal text (one text is in 180 rows)" in warnings[0]
+    assert warnings[0].endswith("they are each other's negatives unless objective.mask_duplicates is true")
     assert "step" not in warnings[0]  # the run may end before the block
     used = Counter(row for rows in batches for row in rows)
     assert {used[row] for row in range(1000)} <= {2, 3, 4}

@@ -194,6 +194,59 @@ def test_spellings_of_options(options, expected):
         assert value_of(config, key) == (pytest.approx(value) if isinstance(value, float) else value), key
 
 
+def test_file_as_name_of_a_data_set_has_no_configuration_or_split():
+    command = ("python -m tevatron.retriever.driver.train --model_name_or_path m --dataset_config default "
+               "--dataset_split dev --train_group_size 2 --dataset_name ")
+    config, draft = config_of(command + "rows.jsonl")
+    assert config.data.train == (TrainFile(path="rows.jsonl"),)
+    assert "# --dataset_name rows.jsonl, --dataset_config default, --dataset_split dev" in draft.text()
+    config, _ = config_of(command + "org/name")
+    assert config.data.train == (TrainFile(path="org/name:default/dev"),)
+
+
+@pytest.mark.parametrize("arguments", ['"$@"', "$@", "$*", '"${@:2}"'])
+def test_arguments_of_a_script_are_no_value_of_its_last_option(arguments):
+    draft = translated(f"swift sft --model m --task_type embedding --deepspeed zero3 {arguments}")
+    assert draft.values["optimizer.distributed"][1] == "--deepspeed zero3: optimizer state is sharded, as ZeRO-1 does"
+
+
+def test_evaluation_in_every_epoch_becomes_steps_where_the_rows_are_here(tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("query,positive\n" + "".join(f"q{number},p{number}\n" for number in range(1210)))
+    options = " --split_dataset_ratio 0.1 --eval_strategy epoch --per_device_train_batch_size 10"
+    command = "NPROC_PER_NODE=2 swift sft --model m --task_type embedding --gradient_accumulation_steps 1 --dataset "
+    config, draft = config_of(command + str(rows) + options)
+    assert config.evaluation.every_steps == round(1210 * 0.9 / 20)
+    assert draft.values["evaluation.every_steps"][1] == "--eval_strategy epoch: an epoch is 1,089 rows / 20"
+    config, draft = config_of(command + "elsewhere.csv" + options)
+    assert config.evaluation.every_steps == 500
+    assert any(remark.startswith("--eval_strategy epoch: evaluation.every_steps counts steps") for remark in
+               draft.remarks)
+
+
+def test_settings_that_are_null_change_nothing(tmp_path):
+    path = tmp_path / "arguments.json"
+    path.write_text('{"model_name_or_path": "m", "num_train_epochs": 1, "run_name": null, "push_to_hub": null}')
+    draft = translated(str(path))
+    assert draft.remarks[-1] == "without a line, since they change nothing here: run_name: null; push_to_hub: null"
+    assert not any(remark.startswith("push_to_hub") for remark in draft.remarks)
+
+
+def test_accumulation_of_a_batch_over_all_devices_is_the_one_that_is_written(tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8, "train_batch_size": 256}')
+    config, draft = config_of(str(path))
+    assert (config.training.micro_batch_size, config.training.global_batch_size) == (4, 256)
+    assert "the 8 accumulated micro-batches do not see each other" in draft.values["objective.negatives"][1]
+
+
+def test_lists_as_hydra_spells_them():
+    config, _ = config_of("python train_dense_encoder.py encoder.pretrained_model_cfg=m train.batch_size=16 "
+                          "train_datasets=[a.jsonl,b.jsonl] dev_datasets=[dev.jsonl]")
+    assert [entry.path for entry in config.data.train] == ["a.jsonl", "b.jsonl"]
+    assert [entry.path for entry in config.data.validation] == ["dev.jsonl"] and config.model.path == "m"
+
+
 @pytest.mark.parametrize("command, expected", [
     ("torchrun --nproc_per_node 8 -m FlagEmbedding.baai_general_embedding.finetune.run --model_name_or_path m "
      "--train_data toy.jsonl --learning_rate 1e-5 --fp16 --per_device_train_batch_size 4 --normlized True "

@@ -67,6 +67,8 @@ def test_samples_and_rows_left_out():
     assert all(len(line) < 130 for line in shown) and "中" in shown[1]
     mined[7].negatives.pop()
     mined[8].negatives.clear()
+    assert "query 8 alpha" in samples(records, task, mined, 30) and "query 8 alpha" not in samples(
+        records, task, mined, 30, 2)
     for least, left in ((0, 30), (1, 29), (2, 28)):
         file = io.StringIO()
         write_rows(file, records, task, mined, least)
@@ -84,8 +86,8 @@ def test_command_drops_and_shows(tmp_path, caplog, capsys):
         assert main([*arguments, "--drop-incomplete", "--show", "2"]) == 0
     assert len(output.read_text().splitlines()) == 6
     messages = [entry.getMessage() for entry in caplog.records]
-    assert any(f"{output}: 1 rows with fewer than 2 negatives are left out" == message for message in messages)
+    assert f"{output}: 1 rows with fewer than 2 negatives are left out, 6 remain" in messages
     assert any("candidates skipped:" in message for message in messages)
-    assert f"{data}:1: alpha 0" in messages[-1] and f"{data}:7: omega" in messages[-1]
+    assert f"{data}:1: alpha 0" in messages[-1] and f"{data}:6: alpha 5" in messages[-1]
     assert main([*arguments, "--drop-incomplete", "9"]) == 2
     assert "--drop-incomplete 9: every row has fewer negatives, at most 2" in capsys.readouterr().err

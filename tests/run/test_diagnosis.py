@@ -133,6 +133,21 @@ def test_little_is_said_of_a_few_steps():
     assert [name for name, _ in mistakes(run_of([*steps, steps[0]]))] == ["wrong positives", "padding"]
 
 
+@pytest.mark.parametrize("margin, names", [(0.001, ["wrong positives"]), (0.1, [])])
+def test_wrong_positives_that_are_learned_by_heart_are_named(margin, names):
+    steps = [{"loss": 3.3, "negatives_per_query": 31.0, "in_batch_accuracy": 0.15, "positive_similarity": 0.92,
+              "negative_similarity": 0.91}] * 8
+    evaluations = [{"step": 8, "eval/margin_to_mean_negative": margin}]
+    assert [name for name, _ in mistakes(run_of(steps, evaluations)) if name == "wrong positives"] == names
+
+
+def test_evaluation_below_the_start_names_the_metric_as_it_was_logged():
+    evaluations = [{"step": step, "eval/loss": loss} for step, loss in ((0, 1.7280), (4, 2.9957), (8, 3.0))]
+    said = dict(mistakes(run_of([{"loss": 3.0 - step / 10} for step in range(8)], evaluations)))
+    assert "no evaluation reaches the eval/loss 1.7280 of before training (best 2.9957)" in said[
+        "evaluation below the start"]
+
+
 def test_runs_are_found_by_either_directory(tmp_path):
     """Metrics may lie elsewhere than checkpoints; a line that a kill cut short and null values are left out."""
     logs, checkpoints = tmp_path / "logs", tmp_path / "run"
