@@ -157,21 +157,15 @@ def install() -> None:
     if reading.pickle is not pickle:
         return
     reading.pickle = types.SimpleNamespace(**{**vars(pickle), "load": load_pickle})
-    reading.torch = _TorchOfTensors()
+    reading.torch = types.SimpleNamespace(**{**vars(torch), "load": _load_tensor})
     planner: Any = default_planner.DefaultLoadPlanner
     planner.load_bytes = _checked(planner.load_bytes)
 
 
-class _TorchOfTensors:
-    """torch, for its reader of checkpoints, which loads every tensor as a file of its own."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def load(self, file: Any, **settings: Any) -> Any:
-        """`torch.load` of a file that is not larger in memory."""
-        refuse_compressed(file)
-        return torch.load(file, **settings)
+def _load_tensor(file: Any, **settings: Any) -> Any:
+    """`torch.load` of a file that is not larger in memory: torch's reader loads every tensor as a file of its own."""
+    refuse_compressed(file)
+    return torch.load(file, **settings)
 
 
 def _checked(load_bytes: Callable[..., Any]) -> Callable[..., Any]:
