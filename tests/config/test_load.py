@@ -143,8 +143,10 @@ def test_null_on_the_command_line_takes_a_setting_of_the_file_away(load):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("data.negatives_per_query=1", "command line: unknown key 'data.negatives_per_query'; "
+        ("data.most_negatives_with_a_query=1", "command line: unknown key 'data.most_negatives_with_a_query'; "
          "did you mean 'num_negatives' or 'query_max_length' or 'query_prompt'?"),
+        ("data.negatives_for_query=1", "command line: unknown key 'data.negatives_for_query'; "
+         "did you mean 'negatives_per_query'? negatives_per_query is data.num_negatives here"),
         ("training.sed=1", "command line: unknown key 'training.sed'; did you mean 'seed'?"),
         ("training.seed=x", "command line: training.seed = 'x': expected a whole number"),
         ("training.seed=-1", "command line: training.seed = -1: must be >= 0"),
