@@ -126,8 +126,9 @@ def groups_of_two_runs(port):
 
     rank = dist.get_rank()
     dist.destroy_process_group()
-    os.environ |= {"RANK": str(rank % 2), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "2", "MASTER_PORT": str(port),
-                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": f"run {rank // 2}"}
+    os.environ |= {"RANK": str(rank % 2), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                   "TORCHELASTIC_RUN_ID": f"run {rank // 2}"}
     topology, value = initialize(ParallelConfig(timeout_seconds=60)), torch.tensor([10.0 ** rank])
     dist.all_reduce(value, group=topology.dp_group)
     shutdown()
