@@ -98,7 +98,8 @@ def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, 
     assert list(step_directories(tmp_path / "run")) == [2, 4]
 
 
-@pytest.mark.parametrize("target, reason", [("/dev/full", "No space left"), ("metrics.jsonl", "is a link to another file")])
+@pytest.mark.parametrize("target, reason", [
+    ("/dev/full", "No space left"), ("metrics.jsonl", "is a link to another file")])
 def test_metrics_that_cannot_be_written_end_all_ranks_alike(model, tmp_path, target, reason):
     path = config_file(tmp_path, model, training={"train_steps": 3}, logging={"directory": str(tmp_path / "log"),
                                                                                "every_steps": 1})
