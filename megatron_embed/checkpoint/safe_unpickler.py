@@ -33,18 +33,9 @@ _OWN = ("torch", "megatron", "nvidia_resiliency_ext", "pathlib", "uuid", "collec
 """Packages whose objects may stand in `.metadata` beside those that are needed, and are left out."""
 _LARGEST_PICKLE = 256 << 20
 _LARGEST_NUMBER = 1 << 24
-"""Bytes of one text, and numbers under which a pickle keeps objects to name them again; Python reserves memory for all
-numbers below one that occurs."""
-_PUT, _LONG_BINPUT, _TWO_LINES, _END = ord("p"), ord("r"), b"ci", -100
-_SKIPPED = [_END] * 256
-"""By instruction of a pickle the bytes of its argument; pickletools' negative number for a line or an argument that
-begins with its length; _END: nothing is read behind it."""
-for _operation in pickletools.opcodes:
-    if _operation.code != ".":
-        _SKIPPED[ord(_operation.code)] = 0 if _operation.arg is None else _operation.arg.n
-_SKIPPED[_LONG_BINPUT] = pickletools.TAKEN_FROM_ARGUMENT4U
-_LENGTH_BYTES = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4,
-                 pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
+"""Of those under which a pickle keeps objects to name them again: Python reserves memory for all numbers below one."""
+_RESERVING = ("PUT", "LONG_BINPUT", "FRAME")
+"""Instructions of a pickle for which Python reserves memory before it has read so much."""
 _BUILTIN = {("builtins", "set"): set, ("builtins", "frozenset"): frozenset, ("builtins", "bytearray"): bytearray}
 
 
@@ -103,31 +94,13 @@ def _refuse_large_numbers(file: BinaryIO | io.FileIO) -> None:
     size = os.fstat(file.fileno()).st_size
     if size > _LARGEST_PICKLE:
         raise pickle.UnpicklingError(f"it is longer than {_LARGEST_PICKLE >> 20:,} MiB, which no such file is")
-    data, position = file.read(), 0
-    while position < len(data):
-        operation = data[position]
-        position += 1
-        skipped = _SKIPPED[operation]
-        if skipped >= 0:
-            position += skipped
-            continue
-        if skipped == _END:
-            return
-        start, number = position, 0
-        if skipped == pickletools.UP_TO_NEWLINE:
-            for _ in range(2 if operation in _TWO_LINES else 1):
-                position = data.find(b"\n", position) + 1 or len(data)
-            number = int(data[start:position]) if operation == _PUT else 0
-        elif operation == _LONG_BINPUT:
-            position += 4
-            number = int.from_bytes(data[start:position], "little")
-        else:
-            position += _LENGTH_BYTES[skipped]
-            number = int.from_bytes(data[start:position], "little")
-            position += number
-        if number > min(size, _LARGEST_NUMBER):
-            raise pickle.UnpicklingError(f"it asks for room for {number:,} objects or bytes at its byte {start:,}, "
-                                         "more than a description of tensors needs")
+    try:
+        for instruction, number, position in pickletools.genops(file.read()):
+            if instruction.name in _RESERVING and number is not None and number > min(size, _LARGEST_NUMBER):
+                raise pickle.UnpicklingError(f"it asks for room for {number:,} objects or bytes at its byte "
+                                             f"{position or 0:,}, more than a description of tensors needs")
+    except ValueError as error:  # an unknown instruction, or one whose argument is longer than the rest of the file
+        raise pickle.UnpicklingError(str(error)) from error
 
 
 def check_description(folder: Path) -> None:
