@@ -24,7 +24,8 @@ libraries take turns."""
 CLEAR = 1.25
 """Once a library takes so many times as long as the other, they are not measured again."""
 MIN_GAIN = 0.05
-"""Part of oneDNN's time that torch's library must save to be chosen, so that noise seldom decides."""
+"""oneDNN is chosen only where torch's library takes longer by this part of oneDNN's time: if both are equally fast, a
+run stays with torch's own choice."""
 
 
 def fastest_libraries(shapes: Sequence[tuple[int, int]]) -> tuple[Libraries, tuple[float, ...]] | None:
@@ -40,17 +41,25 @@ def fastest_libraries(shapes: Sequence[tuple[int, int]]) -> tuple[Libraries, tup
         return None
     outer, inner = max(shapes, key=math.prod)
     ratios = torch_over_onednn(min(outer, MAX_WIDTH), min(inner, MAX_WIDTH))
-    chosen = tuple("torch" if ratio < 1 - MIN_GAIN else default
-                   for ratio, default in zip(ratios, DEFAULT_LIBRARIES, strict=True))
-    return chosen, ratios  # type: ignore[return-value]
+    chosen: Libraries = tuple("onednn" if ratio > 1 + MIN_GAIN else "torch" for ratio in ratios)
+    return chosen, ratios
 
 
 @torch.no_grad()
 def torch_over_onednn(outer: int, inner: int) -> tuple[float, ...]:
-    """Processor time of torch's library over oneDNN's, per kind of product in the order of `model.cpu_matmul`."""
-    products = {library: _products(outer, inner, library) for library in MATMUL_LIBRARIES}
-    seconds = [_shortest({library: calls[kind] for library, calls in products.items()})
-               for kind in range(len(DEFAULT_LIBRARIES))]
+    """Processor time of torch's library over oneDNN's, per kind of product in the order of `model.cpu_matmul`.
+
+    On one thread: several wait for each other in loops that count as processor time, and made ratios between 0.3 and
+    4.5 out of 0.8 on a machine with other work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        products = {library: _products(outer, inner, library) for library in MATMUL_LIBRARIES}
+        seconds = [_shortest({library: calls[kind] for library, calls in products.items()})
+                   for kind in range(len(DEFAULT_LIBRARIES))]
+    finally:
+        torch.set_num_threads(threads)
     return tuple(of["torch"] / of["onednn"] for of in seconds)
 
 
@@ -61,9 +70,9 @@ def _shortest(calls: dict[MatmulLibrary, Callable[[], torch.Tensor]]) -> dict[Ma
         call()
     for _ in range(ROUNDS):
         for library, call in calls.items():
-            start = time.process_time()  # of all threads: hardly changed by other processes
+            start = time.thread_time()  # hardly changed by other processes
             call()
-            seconds = time.process_time() - start
+            seconds = time.thread_time() - start
             shortest[library], spent = min(shortest[library], seconds), spent + seconds
         if max(shortest.values()) > CLEAR * min(shortest.values()) or spent > ROUND_SECONDS:
             break
