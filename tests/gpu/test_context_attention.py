@@ -1,5 +1,7 @@
 """Flash attention on context-parallel GPUs, in bfloat16, against a softmax of one process in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,12 +16,15 @@ BINS = [Bin(lengths=lengths, tokens=-(-sum(lengths) // 8) * 8 + 16, causal=causa
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("cp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_values_and_gradients_are_those_of_one_process(cp_size):
+@pytest.mark.parametrize("cp_comm_type, cp_size", [
+    ("all_gather", 2), ("a2a", 2), *(pytest.param(way, 4, marks=pytest.mark.slow) for way in ("all_gather", "a2a"))])
+def test_values_and_gradients_are_those_of_one_process(cp_comm_type, cp_size):
     if torch.cuda.device_count() < cp_size:
         pytest.skip(f"needs {cp_size} CUDA devices")
-    per_rank = run_on_ranks(on_rank, cp_size, BINS, torch.bfloat16)
-    for index, case in enumerate(BINS):
+    # By heads, every rank has at least one head of keys.
+    bins = [dataclasses.replace(case, groups=max(case.groups, cp_size)) for case in BINS]
+    per_rank = run_on_ranks(on_rank, cp_size, bins, torch.bfloat16, cp_comm_type)
+    for index, case in enumerate(bins):
         ours = assembled([results[index] for results in per_rank], case.tokens)
         for name, result, right in zip(("output", "query", "key", "value"), ours, one_process(case), strict=True):
             error = float((result.double() - right).norm() / right.norm())

@@ -17,6 +17,7 @@ LAYOUTS = {
     "pp2": {"parallel": {"pipeline_model_parallel_size": 2}},
     "vpp2": {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}},
     "cp2": {"parallel": {"context_parallel_size": 2}},
+    "cp2_by_heads": {"parallel": {"context_parallel_size": 2, "cp_comm_type": "a2a"}},
 }
 QUICK = ("tp2", "vpp2")
 

@@ -79,12 +79,12 @@ def reference_kernels() -> contextlib.AbstractContextManager[Any]:
                                backward_operator=lambda: flash.attend_backward)
 
 
-def module_of(case: Bin, group: Any = None, dropout: float = 0.0) -> PackedAttention:
+def module_of(case: Bin, group: Any = None, dropout: float = 0.0, cp_comm_type: str | None = None) -> PackedAttention:
     config = TransformerConfig(num_layers=1, hidden_size=case.heads * case.head_dim, num_attention_heads=case.heads,
                                num_query_groups=case.groups, kv_channels=case.head_dim, attention_dropout=dropout)
     groups: Any = None if group is None else SimpleNamespace(cp=group)
     return PackedAttention(config, 1, AttnMaskType.causal if case.causal else AttnMaskType.no_mask, "self",
-                           pg_collection=groups, window=case.window)
+                           pg_collection=groups, window=case.window, cp_comm_type=cp_comm_type)
 
 
 def packed_of(case: Bin, chunks: tuple[tuple[int, int], ...], device: torch.device) -> PackedSequences:
@@ -93,21 +93,23 @@ def packed_of(case: Bin, chunks: tuple[tuple[int, int], ...], device: torch.devi
     return copy_to_device(packed, device)
 
 
-def on_rank(cases: Sequence[Bin], dtype: torch.dtype) -> list[Results]:
+def on_rank(cases: Sequence[Bin], dtype: torch.dtype, cp_comm_type: str = "all_gather") -> list[Results]:
     """This rank's chunks of every case; called by all ranks, which are one context-parallel group."""
     device = torch.device("cuda", dist.get_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with contextlib.nullcontext() if device.type == "cuda" else reference_kernels():
-        return [_on_rank(case, dtype, device) for case in cases]
+        return [_on_rank(case, dtype, device, cp_comm_type) for case in cases]
 
 
-def _on_rank(case: Bin, dtype: torch.dtype, device: torch.device) -> Results:
+def _on_rank(case: Bin, dtype: torch.dtype, device: torch.device, cp_comm_type: str) -> Results:
     chunks = context_chunks(case.tokens, dist.get_rank(), dist.get_world_size())
     parts = [torch.cat([tensor[first:stop] for first, stop in chunks]).to(device, dtype) for tensor in case.inputs()]
     inputs = [tensor.requires_grad_() for tensor in parts[:3]]
-    module = module_of(case, dist.group.WORLD)
-    output = module(*(tensor[:, None] for tensor in inputs), None, packed_seq_params=packed_of(case, chunks, device))
+    module = module_of(case, dist.group.WORLD, cp_comm_type=cp_comm_type)
+    # By heads a rank attends over the whole bin.
+    packed = packed_of(case, ((0, case.tokens),) if cp_comm_type == "a2a" else chunks, device)
+    output = module(*(tensor[:, None] for tensor in inputs), None, packed_seq_params=packed)
     gradients = torch.autograd.grad(output[:, 0], inputs, parts[3])
     query, key, value = (tensor.cpu() for tensor in gradients)
     return output[:, 0].detach().cpu(), query, key, value

@@ -72,10 +72,11 @@ def test_a_chunk_is_one_call_with_the_keys_that_its_mask_shows(causal, sliding_w
         assert (calls[0].keys[0], calls[-1].keys[1]) == (starts, stop if causal else ends)
 
 
+@pytest.mark.parametrize("cp_comm_type", ["all_gather", "a2a"])
 @pytest.mark.parametrize("cp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_give_the_values_and_gradients_of_one_process(cp_size):
-    chosen = cases(cp_size)
-    per_rank = run_on_ranks(on_rank, cp_size, chosen, torch.float64)
+def test_ranks_give_the_values_and_gradients_of_one_process(cp_size, cp_comm_type):
+    chosen = [dataclasses.replace(case, groups=max(case.groups, cp_size)) for case in cases(cp_size)]
+    per_rank = run_on_ranks(on_rank, cp_size, chosen, torch.float64, cp_comm_type)
     for index, case in enumerate(chosen):
         ours, expected = assembled([results[index] for results in per_rank], case.tokens), one_process(case)
         # A token that sees itself alone has no gradient but that of its value.
