@@ -195,8 +195,11 @@ class IndexWriter:
             _write(self._folder / _SUMMARY, _sealed(self._folder / _SUMMARY, [unit.as_json() for unit in units]))
             index = _opened(self._folder, units)
         except OSError as error:
-            raise ConfigError(f"data.index_directory: {self._folder}: {error.strerror or error}; free space there, or "
-                              "choose another directory", key="data.index_directory") from error
+            named = "null" if self._place.directory is None else repr(self._place.directory)
+            raise ConfigError(f"data.index_directory = {named}: {self._folder} cannot be written "
+                              f"({error.strerror or error}); free space there, set another directory, or "
+                              f"{NO_DIRECTORY!r} to read all rows at every start",
+                              key="data.index_directory") from error
         self._remove_outdated()
         return index
 

@@ -314,6 +314,23 @@ def test_the_directory(write_rows: WriteRows, tmp_path: Path, monkeypatch: pytes
         DataConfig(index_directory="")
 
 
+@pytest.mark.parametrize("directory", ["index", None])
+def test_a_full_disk(write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str | None):
+    path = write_rows(mixed_rows(50))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setattr(index_store, "SMALLEST_KEPT", 10)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        named = "null" if directory is None else repr(directory)
+        with pytest.raises(ConfigError, match=rf"data.index_directory = {named}: "
+                                              r".*rows-.* cannot be written \(No space left on device\); free space "
+                                              "there, set another directory, or 'none' to read all rows"):
+            open_records((TrainFile(path=path),), place=IndexPlace(directory=directory))
+    assert [file.name for file in tmp_path.glob("**/rows-*/*")] == ["locks"]
+    assert len(open_records((TrainFile(path=path),), place=IndexPlace(directory=directory))) == 50
+
+
 def test_rows_cost_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Hashes and offsets of many rows are in a file that is mapped, also where no index is kept."""
     monkeypatch.setattr(index_parts, "_IN_MEMORY", 0)
