@@ -9,6 +9,7 @@ from megatron_embed.audit.compare import Tolerance, part_of, scale_of
 from megatron_embed.audit.plain_objective import PlainObjective
 from megatron_embed.audit.variation import Variation
 from megatron_embed.batch import StepBatch
+from megatron_embed.errors import ConfigError
 from megatron_embed.objectives.base import configured_dims
 
 _SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
@@ -46,7 +47,11 @@ def losses(case: Case, batch: StepBatch) -> Iterator[Cause]:
     replay.evaluated(case.step, batch)
 
     def metrics_under(variation: Variation) -> dict[str, float]:
-        return replay.from_last_stage(objective.metrics_of_kept(variation) if objective.kept else {})
+        try:
+            metrics = objective.metrics_of_kept(variation) if objective.kept else {}
+        except ConfigError:
+            metrics = {}  # settings that do not go together
+        return replay.from_last_stage(metrics)
 
     try:
         for name, text, variation in (*_loss_variations(case), *_fitted(case, metrics_under)):
@@ -103,7 +108,7 @@ def _fitted(case: Case, metrics_under: Callable[[Variation], dict[str, float]]) 
         return
 
     def solved(points: Sequence[float], vary: Callable[[float], Variation], metric: str = "loss") -> Iterator[float]:
-        return _solved(points, lambda value: metrics_under(vary(value))[metric], logged[metric])
+        return _solved(points, lambda value: metrics_under(vary(value)).get(metric, math.nan), logged[metric])
 
     def setting(key: str) -> Callable[[float], Variation]:
         return lambda value: Variation(settings=((key, value),))

@@ -1,13 +1,15 @@
 """Causes that are computed from the numbers of a log, without a replay."""
 
+import dataclasses
 import types
 
 import pytest
 import torch
 
-from megatron_embed.audit.causes_loss import _fitted
+from megatron_embed.audit.causes_loss import _fitted, losses
 from megatron_embed.audit.causes_rows import repeated_micro_batch
 from megatron_embed.audit.causes_update import _kernel, _moments, _twice, _with_l2
+from megatron_embed.audit.plain_objective import PlainObjective
 from megatron_embed.audit.variation import Variation
 from megatron_embed.config.load import config_of_values
 from megatron_embed.training.optimizer import AdamW
@@ -40,6 +42,31 @@ def test_settings_of_the_loss_are_fitted(metrics, objective, name, text):
     if name != "wrong weight of a term":
         assert metrics_under(found[name][1])["negatives_per_query" if "mask" in name else "loss"] == pytest.approx(
             metrics["negatives_per_query" if "mask" in name else "loss"])
+
+
+def test_settings_that_do_not_go_together_are_no_cause():
+    """A triplet loss takes no private negatives; the other variations of the loss are tried all the same."""
+    tried, config = [], config_of_values({"model": {"path": "."}, "objective": {"loss": "triplet"},
+                                         "data": {"num_negatives": 1}})
+
+    class Kept(PlainObjective):
+        def __init__(self):
+            self._config, self.kept, self.is_plain = config, None, True
+
+        def metrics_of_kept(self, variation, *, as_one=False):
+            tried.append(variation)
+            dataclasses.replace(config.objective, **dict(variation.settings))
+            return {"loss": 1.0}
+
+    objective = Kept()
+    replay = types.SimpleNamespace(
+        inputs=types.SimpleNamespace(config=config), from_last_stage=lambda metrics: metrics,
+        evaluated=lambda *_: objective.kept.append([]),
+        trainer=types.SimpleNamespace(grad_cache=types.SimpleNamespace(objective=objective)))
+    case = types.SimpleNamespace(replay=replay, dp_size=1, done=0, step=1, record={"metrics": {"loss": 2.0}}, start={
+        "dtype": "float32"}, difference=types.SimpleNamespace(part="loss"))
+    assert not list(losses(case, None))
+    assert any(variation.settings for variation in tried) and not tried[-1].hardness  # the last one
 
 
 def test_a_repeated_micro_batch_is_named():
