@@ -186,6 +186,9 @@ def _changes(case: Case) -> Iterator[tuple[str, str, Change]]:
     yield "weight decay off", "training.weight_decay has no effect", _groups(lambda group: {"weight_decay": 0.0})
     yield ("weight decay of norms", "norms and biases have weight decay as well",
            _groups(lambda group: {"weight_decay": config.weight_decay}))
+    yield "update made twice", "the optimizer makes two updates in one step", _kernel(_twice)
+    yield ("weight decay in the gradient", "weight decay is added to the gradient (Adam with L2 regularization), not "
+           "taken from the parameters (AdamW)", _kernel(_with_l2))
     for factor in (10.0, 0.1, 2.0, 0.5):
         yield ("wrong weight decay", f"weight decay is {factor:g} times as strong",
                _groups(lambda group, factor=factor: {"weight_decay": group["weight_decay"] * factor}))
@@ -200,9 +203,6 @@ def _changes(case: Case) -> Iterator[tuple[str, str, Change]]:
     for factor in (0.5, 2.0, 1 / case.dp_size, float(case.dp_size)):
         yield ("gradient scaled", f"the gradient of the update is {factor:.4g} times the one whose norm is logged",
                _scaled(factor))
-    yield "update made twice", "the optimizer makes two updates in one step", _kernel(_twice)
-    yield ("weight decay in the gradient", "weight decay is added to the gradient (Adam with L2 regularization), not "
-           "taken from the parameters (AdamW)", _kernel(_with_l2))
     for offset in (-1, 1):
         yield ("count of updates", f"AdamW's bias correction is that of {offset:+d} updates",
                _groups(lambda group, offset=offset: {"step": max(0, group.get("step", 0) + offset)}, keep=("step",)))
