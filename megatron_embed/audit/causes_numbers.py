@@ -1,30 +1,30 @@
-"""Causes of other masks, vectors, losses and gradients: the step is computed in other ways and compared again."""
+"""Causes of other vectors and gradients: the step is computed in other ways and compared again."""
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_embed.audit.case import Case, Cause
-from megatron_embed.audit.compare import Tolerance, part_of, scale_of
+from megatron_embed.audit.causes_loss import factors, losses, matches, tolerance_of
+from megatron_embed.audit.compare import part_of
 from megatron_embed.audit.plain_objective import PlainObjective
 from megatron_embed.audit.variation import Variation
 from megatron_embed.batch import StepBatch
+from megatron_embed.models.lora import Lora
 from megatron_embed.names import POOLINGS
 from megatron_embed.training.step import seed_step
 
-_SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
 _DROPOUTS = (0.1, 0.05, 0.2, 0.3, 0.15, 0.25, 0.5, 0.02, 0.01)
-_TEMPERATURES = (0.002, 10.0)
-_HALVINGS = 60
 _EQUAL_RATIOS = 2e-4
 """Relative difference within which loss and gradient are multiplied alike."""
 _WITHIN, _ASIDE = 4.0, 0.7
 """Standard deviations of dropout within which the logged numbers must lie, and by which the plain ones must differ."""
+_ROLES: Mapping[str, tuple[Literal["queries", "positives", "hard_negatives"], ...]] = {
+    "queries": ("queries",), "documents": ("positives", "hard_negatives"), "hard negatives": ("hard_negatives",)}
 _AHEAD = 200
 """Steps after the different one in whose records a drifted rank is looked for."""
 
@@ -32,28 +32,10 @@ _AHEAD = 200
 def explain(case: Case) -> list[Cause]:
     """The first cause under which the step has the logged numbers."""
     batch = case.replay.batch(case.step)
-    for candidates in (_copies, _metric_alone, _losses, _gradients, _models):
+    for candidates in (_copies, _metric_alone, losses, _gradients, _models, _loss_alone):
         for cause in candidates(case, batch):
             return [cause]
     return []
-
-
-def matches(case: Case, metrics: Mapping[str, float], *parts: str) -> bool:
-    """Whether all logged numbers of these parts (default: all but the gradient) are those of a variation."""
-    tolerance = tolerance_of(case)
-    wanted = parts or ("masks", "vectors", "loss")
-    logged = case.record["metrics"]
-    return all(tolerance.allows(name, value, metrics.get(name), scale_of(name, logged))
-               for name, value in logged.items()
-               if part_of(name) in wanted and name not in ("learning_rate", "skipped")
-               and not name.startswith("margin_to"))
-
-
-def tolerance_of(case: Case) -> Tolerance:
-    """The tolerance of a match: twice that of the comparison."""
-    config = case.replay.inputs.config
-    return Tolerance(dtype="bfloat16" if "bfloat16" in (case.start["dtype"], config.model.dtype) else "float32",
-                     replayed=2 * (case.step - case.done), rounded=config.embedding.precision != ("float32",))
 
 
 def _copies(case: Case, batch: StepBatch) -> Iterator[Cause]:
@@ -78,7 +60,7 @@ def _metric_alone(case: Case, batch: StepBatch) -> Iterator[Cause]:
     logged = case.record["metrics"]
     ratios = [logged[name] / numbers[name] for name in ("loss", "grad_norm") if logged[name] and numbers[name]]
     if case.difference.part == "loss" and len(ratios) == 2 and math.isclose(*ratios, rel_tol=_EQUAL_RATIOS):
-        named = next((f", which is {name}" for factor, name in _factors(case)
+        named = next((f", which is {name}" for factor, name in factors(case)
                       if math.isclose(factor, ratios[0], rel_tol=_EQUAL_RATIOS)), "")
         yield Cause(name="loss scale", text=f"loss and gradient are {ratios[0]:.6g} times what they must be{named}")
         return
@@ -87,106 +69,13 @@ def _metric_alone(case: Case, batch: StepBatch) -> Iterator[Cause]:
                     "logged is not")
 
 
-def _losses(case: Case, batch: StepBatch) -> Iterator[Cause]:
-    """Another loss of the same vectors."""
-    objective, replay = case.replay.trainer.grad_cache.objective, case.replay
-    if case.difference.part == "gradient":
-        return
-    assert isinstance(objective, PlainObjective)
-    if not objective.is_plain:
-        return
-    objective.kept = []
-    replay.evaluated(case.step, batch)
-
-    def metrics_under(variation: Variation) -> dict[str, float]:
-        return replay.from_last_stage(objective.metrics_of_kept(variation) if objective.kept else {})
-
-    try:
-        for name, text, variation in (*_loss_variations(case), *_fitted_temperature(case, metrics_under)):
-            if matches(case, metrics_under(variation)):
-                objective_kept, objective.kept = objective.kept, None
-                confirmed = _has_gradient(case, batch, variation)
-                objective.kept = objective_kept
-                if confirmed:
-                    yield Cause(name=name, text=text)
-    finally:
-        objective.kept = None
-
-
-def _loss_variations(case: Case) -> Iterator[tuple[str, str, Variation]]:
-    config, ranks = case.replay.inputs.config.objective, case.dp_size
-    for shift in _SHIFTS:
-        yield ("shifted labels", f"each query's positive is that of the query {shift:+d} places away in the global "
-               "batch", Variation(label_shift=shift))
-        if ranks > 1:
-            yield ("shifted labels", f"each query's positive is that of the query {shift:+d} places away on its rank",
-                   Variation(label_shift=shift, ranks=ranks, shift_within_rank=True))
-    mask = not config.mask_duplicates
-    yield ("masks on" if mask else "masks off", "equal texts are masked, which objective.mask_duplicates does not ask "
-           "for" if mask else "false negatives are not masked: objective.mask_duplicates has no effect",
-           Variation(duplicates_masked=mask))
-    yield ("masks off", "objective.mask_margin has no effect", Variation(margin_masked=False))
-    yield ("masks off", "objective.mask_margin and mask_duplicates have no effect",
-           Variation(margin_masked=False, duplicates_masked=False))
-    yield ("hard negatives missing in the loss", "only the positives of other queries are negatives",
-           Variation(documents="positives"))
-    if ranks > 1:
-        yield ("remote negatives missing", "a query is compared with the documents of its own data-parallel rank alone",
-               Variation(documents="own_rank", ranks=ranks))
-    yield ("matryoshka dimensions missing", "only the largest dimension counts in the loss",
-           Variation(first_dimension_only=True))
-    yield ("weights of several positives", "each positive counts 1, not 1 / (positives of its query)",
-           Variation(per_query=False))
-    yield ("directions of the loss", "only queries to documents are compared",
-           Variation(directions=("query_to_document",)))
-    yield ("directions of the loss", "both directions between queries and documents are compared",
-           Variation(directions=("query_to_document", "document_to_query")))
-    yield ("hardness missing", "objective.hardness has no effect", Variation(hardness=False))
-
-
-def _fitted_temperature(case: Case, metrics_under: Callable[[Variation], dict[str, float]]) -> Iterator[
-        tuple[str, str, Variation]]:
-    """A temperature under which the loss is the logged one: between two that bracket it, by halving."""
-    logged, (low, high) = case.record["metrics"]["loss"], _TEMPERATURES
-    if logged is None:
-        return
-    points = [low * (high / low) ** (index / 24) for index in range(25)]
-    values = [metrics_under(Variation(temperature=point))["loss"] - logged for point in points]
-    for (left, right), (value, other) in zip(itertools.pairwise(points),
-                                             itertools.pairwise(values), strict=True):
-        if not (math.isfinite(value) and math.isfinite(other)) or value * other > 0:
-            continue
-        for _ in range(_HALVINGS):
-            middle = math.sqrt(left * right)
-            if (metrics_under(Variation(temperature=middle))["loss"] - logged) * value > 0:
-                left = middle
-            else:
-                right = middle
-        configured = case.replay.inputs.config.objective.temperature
-        yield ("wrong temperature", f"loss and gradient are those of temperature {math.sqrt(left * right):.4g}, not "
-               f"of {configured:g}", Variation(temperature=math.sqrt(left * right)))
-
-
-def _has_gradient(case: Case, batch: StepBatch, variation: Variation) -> bool:
-    """Whether a variation has the logged gradient, up to a factor that scaling gives."""
-    norm, logged = case.replay.numbers(case.step, batch, variation).metrics["grad_norm"], case.record["metrics"]
-    return any(tolerance_of(case).allows("grad_norm", logged["grad_norm"], norm * factor, 0.0)
-               for factor, _ in ((1.0, ""), *_factors(case)))
-
-
-def _factors(case: Case) -> list[tuple[float, str]]:
-    """Factors that a wrong scale may have, with their names."""
-    sizes, micro = case.start["parallel"], int(case.record["micro_batches"])
-    known = [(case.dp_size, "the data-parallel size"), (micro, "the number of micro-batches"),
-             (case.dp_size * micro, "data-parallel size times micro-batches"),
-             (sizes["tensor_model_parallel_size"], "the tensor-parallel size"),
-             (sizes["context_parallel_size"], "the context-parallel size"),
-             (sizes["pipeline_model_parallel_size"], "the pipeline-parallel size"),
-             (math.sqrt(case.dp_size), "the root of the data-parallel size"),
-             (case.replay.inputs.config.training.global_batch_size, "the global batch size"), (2, "2"), (3, "3"),
-             (4, "4"), (8, "8"), (10, "10"), (16, "16"), (100, "100")]
-    found = [(float(value), name) for value, name in known if value > 1]
-    return [*found, *((1 / value, f"1 / {name}") for value, name in found)]
+def _loss_alone(case: Case, batch: StepBatch) -> Iterator[Cause]:
+    """A loss that is wrong although its gradient is right."""
+    logged, numbers = case.record["metrics"]["grad_norm"], case.replay.numbers(case.step, batch).metrics
+    if case.difference.part == "loss" and tolerance_of(case).allows("grad_norm", logged, numbers["grad_norm"], 0.0):
+        yield Cause(name="wrong metric", text=f"the gradient is right, so the parameters learned what they must; "
+                    f"{', '.join(case.difference.values)} as logged is not: a constant, a term without gradient, or "
+                    "a log that was changed")
 
 
 def _gradients(case: Case, batch: StepBatch) -> Iterator[Cause]:
@@ -195,7 +84,7 @@ def _gradients(case: Case, batch: StepBatch) -> Iterator[Cause]:
         return
     tolerance, logged = tolerance_of(case), case.record["metrics"]["grad_norm"]
     base = case.replay.numbers(case.step, batch).metrics["grad_norm"]
-    for factor, name in _factors(case):
+    for factor, name in factors(case):
         if tolerance.allows("grad_norm", logged, base * factor, 0.0):
             yield Cause(name="loss scale", text=f"the gradient is {factor:.6g} times what it must be, which is {name}; "
                         "the loss is right")
@@ -204,7 +93,7 @@ def _gradients(case: Case, batch: StepBatch) -> Iterator[Cause]:
     assert isinstance(objective, PlainObjective)
     for name, text, variation in _gradient_variations(case) if objective.is_plain else ():
         norm = case.replay.numbers(case.step, batch, variation).metrics["grad_norm"]
-        for factor, by in ((1.0, ""), *_factors(case)):
+        for factor, by in ((1.0, ""), *factors(case)):
             if tolerance.allows("grad_norm", logged, norm * factor, 0.0):
                 yield Cause(name=name, text=text + (f", and the rest is multiplied by {by}" if by else ""))
                 return
@@ -226,6 +115,11 @@ def _gradient_variations(case: Case) -> Iterator[tuple[str, str, Variation]]:
     yield "detached documents", "documents get no gradient", Variation(detached=("positives", "hard_negatives"))
     yield "detached positives", "positives get no gradient", Variation(detached=("positives",))
     yield "detached hard negatives", "hard negatives get no gradient", Variation(detached=("hard_negatives",))
+    for factor in dict.fromkeys((2.0, 0.5, float(ranks), 1.0 / ranks, -1.0)):
+        for role, rows in _ROLES.items() if factor != 1 else ():
+            yield (f"gradient of {role} scaled", f"the gradient of the {role} is multiplied by {factor:g}",
+                   Variation(detached=rows, detached_factor=factor))
+    yield "rounded gradient", "the gradient of the vectors is rounded to bfloat16", Variation(rounded="gradient")
     micro, share = case.replay.inputs.config.training.micro_batch_size, size // ranks
     if case.replay.inputs.config.training.micro_batch_tokens is not None:
         return
@@ -259,6 +153,11 @@ def _models(case: Case, batch: StepBatch) -> Iterator[Cause]:
         with _attribute(case, attribute, value):
             if matches(case, case.replay.evaluated(case.step, batch)):
                 yield Cause(name=name, text=text)
+    for factor, by in _adapter_factors(case):
+        with _scaled_adapters(case, factor):
+            if matches(case, case.replay.evaluated(case.step, batch)):
+                yield Cause(name="wrong scale of the adapters", text=f"the adapters' outputs are multiplied by "
+                            f"{factor:.6g}{by} besides the configured scale")
     if matches(case, case.replay.evaluated_across_texts(case.step, batch)):
         yield Cause(name="attention across texts", text="the tokens of a micro-batch attend to those of other texts")
     for share in _DROPOUTS:
@@ -330,6 +229,34 @@ def explain_ratio(case: Case) -> list[Cause]:
         return []
     return [Cause(name="gradient", text=f"its norm is {logged / replayed:.4g} times the replayed one, which no known "
                   "factor and no known missing part gives; the loss is right")]
+
+
+def _adapters(case: Case) -> list[Lora]:
+    return [module for model in case.replay.trainer.grad_cache.models for module in model.modules()
+            if isinstance(module, Lora)]
+
+
+def _adapter_factors(case: Case) -> Iterator[tuple[float, str]]:
+    """Factors that the scale of adapters may have, with their names; none without adapters."""
+    lora = case.replay.inputs.config.lora
+    known = [(2.0, ""), (4.0, ""), (lora.alpha, ", lora.alpha,"), (float(lora.rank), ", lora.rank,"),
+             (math.sqrt(lora.rank), ", the root of lora.rank,")] if lora.rank and _adapters(case) else []
+    for factor, name in known:
+        if factor != 1:
+            yield factor, name
+            yield 1 / factor, f", 1 / {name.strip(' ,')}," if name else ""
+
+
+@contextmanager
+def _scaled_adapters(case: Case, factor: float) -> Iterator[None]:
+    """Context in which the outputs of all adapters are multiplied."""
+    for module in (adapters := _adapters(case)):
+        module.scale *= factor
+    try:
+        yield
+    finally:
+        for module in adapters:
+            module.scale /= factor
 
 
 @contextmanager

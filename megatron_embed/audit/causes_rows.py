@@ -1,16 +1,19 @@
 """Causes of other rows than sampler and seed give."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_embed.audit.case import Case, Cause
-from megatron_embed.data.mixture import build_sampler
+from megatron_embed.data.mixture import MixtureSampler, build_sampler
+from megatron_embed.errors import ConfigError
 from megatron_embed.training.fingerprints import hash_of, in_order, row_hashes
 
 _STEPS_AROUND = 2000
 """Steps before and after whose rows are looked at."""
+_STEPS_AFTER = 4
+"""Steps after the different one that tell a shift of all steps from another choice among data sets."""
 _MODULUS = 2**64
 _SEEDS = (0, 1, 2, 3, 7, 42, 123, 1234, 12345, 2024, 2025, 2026)
 """Seeds that people choose."""
@@ -58,15 +61,37 @@ def _order(rows: NDArray[np.int64]) -> int:
 
 def _other_step(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
     """The rows are those of another step."""
-    wanted = hash_of(case.record, "row_set")
+    wanted, sampler = hash_of(case.record, "row_set"), case.replay.inputs.sampler
     for distance in range(1, _STEPS_AROUND):
         for step in (case.step - distance, case.step + distance):
-            if step > 0 and _set(np.array(case.replay.inputs.sampler.rows_of_step(step - 1))) == wanted:
+            if step > 0 and _set_of_step(case, step) == wanted:
                 resumed = max(done for done in case.log.starts if done < case.step)
                 since = f" since the resume after step {resumed}" if resumed else ""
+                if isinstance(sampler, MixtureSampler) and not _are_shifted(case, step - case.step):
+                    taken, due = (case.replay.inputs.records.files[sampler.set_of_step(number - 1)].path
+                                  for number in (step, case.step))
+                    yield Cause(name="other shares of the data sets", text=f"the rows are of {taken} (those that it "
+                                f"has at step {step}), and it is the turn of {due}: the steps from here on are divided "
+                                f"among the data sets otherwise, as by other weights{since}")
+                    return
                 yield Cause(name="wrong order of rows", text=f"the rows are those of step {step}, {abs(distance)} "
                             f"step(s) {'before' if step < case.step else 'after'} the right ones{since}")
                 return
+
+
+def _set_of_step(case: Case, step: int) -> int | None:
+    """Hash of the set of rows of a step, from 1; None: there is no such step."""
+    try:
+        return _set(np.array(case.replay.inputs.sampler.rows_of_step(step - 1)))
+    except ConfigError:
+        return None  # behind the last one of data sets with max_epochs
+
+
+def _are_shifted(case: Case, distance: int) -> bool:
+    """Whether the steps that the log has next took the rows of the step so many places away as well."""
+    following = [case.log.steps[step] for step in range(case.step + 1, case.step + 1 + _STEPS_AFTER)
+                 if step in case.log.steps]
+    return all(hash_of(record, "row_set") == _set_of_step(case, record["step"] + distance) for record in following)
 
 
 def _other_order(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
@@ -122,8 +147,37 @@ def _shares(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
                 yield Cause(name="rank with another rank's rows", text=f"data-parallel rank {rank} trained on the rows "
                             f"of rank {other} instead of its own")
                 return
+    yield from _micro_batch(case, rows)
     if _set(np.concatenate([shares[0]] * case.dp_size)) == wanted and case.dp_size > 1:
         yield Cause(name="rank with another rank's rows", text="all data-parallel ranks trained on the rows of rank 0")
+
+
+def _micro_batch(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
+    """The rows of a micro-batch were taken in place of another one's."""
+    training = case.replay.inputs.config.training
+    if training.micro_batch_tokens is None:
+        parts = [_set(part) for part in np.split(rows, len(rows) // training.micro_batch_size)]
+        yield from repeated_micro_batch(case, parts, hash_of(case.record, "row_set"))
+
+
+def repeated_micro_batch(case: Case, parts: Sequence[int], wanted: int) -> Iterator[Cause]:
+    """A micro-batch of a rank, or of every rank, in place of another one of its own, or of another rank's.
+
+    Args:
+        parts: hash of each micro-batch of all ranks.
+        wanted: hash of the step as it was.
+    """
+    per_rank, total = len(parts) // case.dp_size, sum(parts)
+    of_all = [sum(parts[index::per_rank]) % _MODULUS for index in range(per_rank)]
+    for values, every in ((parts, False), (of_all, True)):
+        places = {value: index for index, value in enumerate(values)}
+        for lost, value in enumerate(values):
+            if (taken := places.get((wanted - total + value) % _MODULUS, lost)) != lost:
+                rank = "every data-parallel rank" if every else f"data-parallel rank {taken // per_rank}"
+                other = "" if every else f" of data-parallel rank {lost // per_rank}"
+                yield Cause(name="duplicated micro-batch", text=f"micro-batch {taken % per_rank + 1} of {rank} was "
+                            f"there twice, in place of micro-batch {lost % per_rank + 1}{other}")
+                return
 
 
 def _all_rows(count: int) -> Iterator[tuple[int, int]]:

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_embed.audit.case import Case, Cause
+from megatron_embed.audit.causes_rows import repeated_micro_batch
 from megatron_embed.batch import EmbedBatch, RerankBatch
 from megatron_embed.data.loader import BatchLoader, StepLoader
 from megatron_embed.errors import UserError
@@ -28,7 +30,7 @@ def explain(case: Case) -> list[Cause]:
     loader = case.replay.loader
     if case.difference.part == "labels":
         return _labels(case)
-    for candidates in (_tokenizers, _documents, _positions, _one_text):
+    for candidates in (_tokenizers, _documents, _positions, _micro_batch, _one_text):
         for cause in candidates(case, loader):
             return [cause]
     return _counts(case)
@@ -78,12 +80,13 @@ def _tokenizers(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
                                 for role, prompt in prompts.items() if prompt != own[role])
             yield Cause(name="wrong prompt", text=f"the token ids are those with {said}")
             return
-    for role in changed:
-        length = _length_of(case, loader, role)
-        if length is not None:
-            configured = vars(vars(loader)["_tokenizer"])["_max_lengths"][role]
-            yield Cause(name="wrong maximum length", text=f"the {role} texts are cut to {length} tokens, not to "
-                        f"{configured}")
+    configured = vars(vars(loader)["_tokenizer"])["_max_lengths"]
+    found = {role: length for role in changed if (length := _length_of(case, loader, role)) is not None}
+    for lengths in (*({role: length} for role, length in found.items()), found):
+        if lengths and _is_logged(case, _with_tokenizer(loader, "_max_lengths", lengths)):
+            said = " and ".join(f"the {role} texts are cut to {length} tokens, not to {configured[role]}"
+                                for role, length in lengths.items())
+            yield Cause(name="wrong maximum length", text=said)
             return
     with _toggled_eos(loader) as other:
         if other is not None and _is_logged(case, other):
@@ -97,7 +100,7 @@ def _replayed(case: Case, name: str) -> Any:
 
 
 def _length_of(case: Case, loader: StepLoader[Any], role: str) -> int | None:
-    """The maximum length that gives the logged number of tokens, by halving, if it gives the logged ids as well."""
+    """The maximum length that gives the logged number of tokens of the role, by halving; None: not all can be tried."""
     wanted, low, high = case.record[f"{role}_tokens"], 2, 1 << 15
     while low < high:
         middle = (low + high) // 2
@@ -107,7 +110,7 @@ def _length_of(case: Case, loader: StepLoader[Any], role: str) -> int | None:
         except (UserError, ValueError):
             return None
         low, high = (middle + 1, high) if tokens < wanted else (low, middle)
-    return low if _is_logged(case, _with_tokenizer(loader, "_max_lengths", {role: low})) else None
+    return low
 
 
 @contextmanager
@@ -153,6 +156,23 @@ def _positions(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
                     "micro-batch")
     if case.record["query_set"] == _replayed(case, "document_set"):
         yield Cause(name="queries and documents exchanged", text="the queries are the documents of the rows")
+
+
+def _micro_batch(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
+    """The texts of a micro-batch are there in place of another one's."""
+    batch, training = _built(case, loader), case.replay.inputs.config.training
+    if training.micro_batch_tokens is not None or not isinstance(batch, EmbedBatch):
+        return
+    hashes = set_hashes(text_hashes(batch.micro_batches, batch.num_rows)[0])
+    documents = np.zeros(batch.num_queries, np.uint64)
+    np.add.at(documents, batch.document_query.numpy(), hashes[batch.num_queries :])
+    causes = []
+    for role, own in (("query", hashes[: batch.num_queries]), ("document", documents)):
+        values, size = case.replay.gathered(own.tolist()), training.micro_batch_size
+        parts = [sum(values[first : first + size]) % _MODULUS for first in range(0, len(values), size)]
+        causes.append(list(repeated_micro_batch(case, parts, hash_of(case.record, f"{role}_set"))))
+    if causes[0] == causes[1]:
+        yield from causes[0]
 
 
 def _one_text(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
@@ -215,8 +235,8 @@ def _counts(case: Case) -> list[Cause]:
             found.append(Cause(name="other token ids", text=f"the {count} have {logged - replayed:+d} tokens together: "
                                "another tokenizer, prompt, length or text"))
     if not found and any(name.startswith(("query", "document")) for name in values):
-        found.append(Cause(name="other token ids", text="as many tokens, but other ones: another tokenizer, a prompt "
-                           "of equal length, or a changed text"))
+        found.append(Cause(name="other token ids", text="as many tokens, but other ones: another tokenizer, a changed "
+                           "text, or a prompt, of equal length or of texts that are cut to the maximum length"))
     return found
 
 

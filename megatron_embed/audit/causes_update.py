@@ -1,5 +1,6 @@
 """Causes of other parameters after an update: the steps since the checkpoint are made again with other updates."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import torch
 
 from megatron_embed.audit.case import Case, Cause
-from megatron_embed.audit.causes_numbers import matches, tolerance_of
+from megatron_embed.audit.causes_loss import matches, tolerance_of
 from megatron_embed.audit.replay import Replay
+from megatron_embed.training.optimizer import AdamW
 
 Change = Callable[[Replay], Callable[[], None]]
 """Changes the optimizer before an update, whose gradient is in the buffers; returns what changes it back."""
@@ -17,6 +19,7 @@ _BETAS = ((0.9, 0.999), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.95, 0.999), (0
 _AROUND = 50
 _MOST_STEPS = 20
 """Steps that are made again under a change of all of their updates."""
+_SECANTS, _LARGEST_FACTOR = 6, 1e4
 
 
 def explain(case: Case) -> list[Cause]:
@@ -38,7 +41,7 @@ def explain(case: Case) -> list[Cause]:
             if _gives_logged(case, change, changed):
                 since = f", at step {case.step}" if len(changed) == 1 else f", in all steps since {steps.start}"
                 return [Cause(name=name, text=text + since)]
-    return _frozen(case) or _by_tensor(case)
+    return _frozen(case) or _fitted(case) or _by_tensor(case)
 
 
 def explain_before(case: Case) -> list[Cause]:
@@ -126,23 +129,56 @@ def _learning_rate(case: Case) -> list[Cause]:
 
 def _gives_logged(case: Case, change: Change, changed: range) -> bool:
     """Whether the steps since the checkpoint, with the change in some of them, give the logged norms."""
-    replay, tolerance = case.replay, tolerance_of(case)
+    return _are_logged(case, _norms_under(case, change, changed))
+
+
+def _norms_under(case: Case, change: Change | None, changed: range) -> dict[str, float]:
+    """The norms of the parameters after the step, with the change in some of the steps since the checkpoint."""
     _replay_with(case, change, changed, case.step + 1)
-    found = {"norm_weights": replay.norm_weights(), "parameter_norm": replay.checksum().norm}
-    return all(math.isclose(case.record[name], value, rel_tol=tolerance.norm)
-               for name, value in found.items() if name in case.record)
+    return {"norm_weights": case.replay.norm_weights(), "parameter_norm": case.replay.checksum().norm}
+
+
+def _are_logged(case: Case, norms: dict[str, float]) -> bool:
+    return all(math.isclose(case.record[name], value, rel_tol=tolerance_of(case).norm)
+               for name, value in norms.items() if name in case.record)
+
+
+def _fitted(case: Case) -> list[Cause]:
+    """A factor of learning rate or weight decay that gives all norms, found by secants of one of them; none where the
+    log has no other norm to confirm it."""
+    if not {"norm_weights", "parameter_norm"} <= case.record.keys() or case.step - case.done > _MOST_STEPS:
+        return []
+    wanted, base = case.record["parameter_norm"], _norms_under(case, None, range(0))["parameter_norm"]
+    for name, text, key in (("wrong weight decay", "weight decay is {:.4g} times as strong", "weight_decay"),
+                            ("wrong learning rate", "the update is {:.4g} times as large as the logged learning rate "
+                             "says", "lr")):
+        for changed in dict.fromkeys((range(case.step, case.step + 1), range(case.done + 1, case.step + 1))):
+            before, at_before, factor = 1.0, base, 2.0
+            for _ in range(_SECANTS):
+                norms = _norms_under(case, _times(key, factor), changed)
+                if _are_logged(case, norms):
+                    return [Cause(name=name, text=f"{text.format(factor)}, in the steps {changed.start} to "
+                                  f"{changed.stop - 1}")]
+                now = norms["parameter_norm"]
+                if now == at_before or abs(factor) > _LARGEST_FACTOR:
+                    break
+                before, at_before, factor = factor, now, factor + (wanted - now) * (factor - before) / (now - at_before)
+    return []
 
 
 def _changes(case: Case) -> Iterator[tuple[str, str, Change]]:
     config = case.replay.inputs.config.training
     yield "clipping off", "the gradient is not clipped", _setting("clip_grad", math.inf)
-    for norm in (0.1, 0.5, 1.0, 2.0, 5.0, 10.0):
+    for norm in (1.0, 0.1, 0.5, 2.0, 5.0, 10.0, 0.2, 0.25, 0.3, 3.0):
         if norm != config.clip_grad:
             yield "wrong clipping", f"the gradient is clipped to {norm:g}", _setting("clip_grad", norm)
     if case.log.starts.get(case.done) and case.done:
         yield ("optimizer state lost", "the moments begin at zero, and the count of updates at one",
                _moments(reset_step=True))
     yield "optimizer state lost", "the moments of AdamW are zero before the update", _moments(reset_step=False)
+    for name, what in (("exp_avg", "mean of the gradients"), ("exp_avg_sq", "mean of their squares")):
+        yield ("optimizer state lost", f"AdamW's {what} is zero before the update",
+               _moments(reset_step=False, names=(name,)))
     for factor in _FACTORS:
         text = f"the update is {factor:.4g} times as large as the logged learning rate says"
         yield ("wrong learning rate" if factor else "update missing", text if factor else "no parameter is updated",
@@ -150,14 +186,17 @@ def _changes(case: Case) -> Iterator[tuple[str, str, Change]]:
     yield "weight decay off", "training.weight_decay has no effect", _groups(lambda group: {"weight_decay": 0.0})
     yield ("weight decay of norms", "norms and biases have weight decay as well",
            _groups(lambda group: {"weight_decay": config.weight_decay}))
+    yield "update made twice", "the optimizer makes two updates in one step", _kernel(_twice)
+    yield ("weight decay in the gradient", "weight decay is added to the gradient (Adam with L2 regularization), not "
+           "taken from the parameters (AdamW)", _kernel(_with_l2))
     for factor in (10.0, 0.1, 2.0, 0.5):
         yield ("wrong weight decay", f"weight decay is {factor:g} times as strong",
                _groups(lambda group, factor=factor: {"weight_decay": group["weight_decay"] * factor}))
-    for betas in _BETAS:
+    for betas in dict.fromkeys((*_BETAS, (config.adam_beta2, config.adam_beta1))):
         if betas != (config.adam_beta1, config.adam_beta2):
             yield ("wrong betas", f"AdamW's betas are {betas[0]:g} and {betas[1]:g}, not {config.adam_beta1:g} and "
                    f"{config.adam_beta2:g}", _groups(lambda group, betas=betas: {"betas": betas}))
-    for eps in (1e-6, 1e-8, 1e-5, 1e-10):
+    for eps in (1e-6, 1e-8, 1e-5, 1e-7, 1e-10, 1e-12, 1e-4, 1e-3):
         if eps != config.adam_eps:
             yield "wrong eps", f"AdamW's eps is {eps:g}", _groups(lambda group, eps=eps: {"eps": eps})
     yield "gradient reversed", "the gradient has the opposite sign", _scaled(-1.0)
@@ -199,20 +238,56 @@ def _groups(new: Callable[[dict[str, Any]], dict[str, Any]], keep: tuple[str, ..
     return change
 
 
-def _moments(*, reset_step: bool) -> Change:
+def _times(key: str, factor: float) -> Change:
+    """A value of all groups multiplied."""
+    return _groups(lambda group: {key: group[key] * factor})
+
+
+def _moments(*, reset_step: bool, names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")) -> Change:
     """Moments of zero."""
 
     def change(replay: Replay) -> Callable[[], None]:
         for part in replay.trainer.optimizer.chained_optimizers:
             for values in part.optimizer.state.values():
-                for value in values.values():
-                    if isinstance(value, torch.Tensor):
-                        value.zero_()
+                for name in names:
+                    if isinstance(values.get(name), torch.Tensor):
+                        values[name].zero_()
             for group in part.optimizer.param_groups if reset_step else ():
                 group["step"] = 0
         return lambda: None
 
     return change
+
+
+def _kernel(instead: Callable[..., None]) -> Change:
+    """Another computation of AdamW in place of its own, which it gets with the parameters and their group."""
+
+    def change(replay: Replay) -> Callable[[], None]:
+        optimizers = [part.optimizer for part in replay.trainer.optimizer.chained_optimizers
+                      if isinstance(part.optimizer, AdamW)]
+        for optimizer in optimizers:
+            vars(optimizer)["_update"] = functools.partial(instead, optimizer._update)
+
+        def undo() -> None:
+            for optimizer in optimizers:
+                del vars(optimizer)["_update"]
+
+        return undo
+
+    return change
+
+
+def _twice(update: Callable[..., None], parameters: list[torch.nn.Parameter], group: dict[str, Any]) -> None:
+    update(parameters, group)
+    group["step"] += 1
+    update(parameters, group)
+
+
+def _with_l2(update: Callable[..., None], parameters: list[torch.nn.Parameter], group: dict[str, Any]) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter, alpha=group["weight_decay"])
+    update(parameters, {**group, "weight_decay": 0.0})
 
 
 def _scaled(factor: float) -> Change:

@@ -89,11 +89,10 @@ def factors(variation: Variation, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         queries[first:last] *= factor
     documents = queries[batch.document_query]
     if "queries" in variation.detached:
-        queries = torch.zeros_like(queries)
-    if "positives" in variation.detached:
-        documents = documents * ~batch.is_positive
-    if "hard_negatives" in variation.detached:
-        documents = documents * batch.is_positive
+        queries = queries * variation.detached_factor
+    for role, rows in (("positives", batch.is_positive), ("hard_negatives", ~batch.is_positive)):
+        if role in variation.detached:
+            documents = torch.where(rows, documents * variation.detached_factor, documents)
     return (queries if batch.labels is None else queries[:0]), documents
 
 

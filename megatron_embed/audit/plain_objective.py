@@ -1,7 +1,8 @@
 """The objective of a replayed step: the loss of the global batch in one piece, on every data-parallel rank alike."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,8 +65,7 @@ class PlainObjective(Objective[AnyBatch]):
         parts = gather_objects(Part.of(embeddings, batch), self._group)
         if self.kept is not None:
             self.kept.append(parts)
-        query = torch.cat([part.query for part in parts]).requires_grad_()
-        document = torch.cat([part.document for part in parts]).requires_grad_()
+        query, document = (values.requires_grad_() for values in _vectors(parts, self.variation))
         values_of, loss = self._values(self.variation)
         leaves = [] if loss is None or self._scale is None else [
             leaf for leaf in (loss.log_scale, loss.bias) if leaf is not None]
@@ -83,6 +83,7 @@ class PlainObjective(Objective[AnyBatch]):
         own = torch.cat([(gradient * factor[:, None]).split(sizes)[rank] for gradient, factor, sizes in (
             (of_query, scaled[0], [len(part.query) for part in parts]),
             (of_document, scaled[1], [len(part.document) for part in parts]))]) / total
+        own = own.bfloat16() if self.variation.rounded == "gradient" else own
         sums = torch.stack([values[name].detach() for name in self.names])
         return LossGradient(sums=Sums(names=self.names, values=sums.to(embeddings.device)),
                             embeddings=own.to(embeddings))
@@ -95,14 +96,17 @@ class PlainObjective(Objective[AnyBatch]):
         totals: dict[str, Tensor] = {}
         calls = self.kept or []
         for parts in [[part for call in calls for part in call]] if as_one and calls else calls:
-            query, document = torch.cat([part.query for part in parts]), torch.cat([part.document for part in parts])
+            query, document = _vectors(parts, variation)
             for name, value in self._values(variation)[0](query, document, joined(parts)).items():
                 totals[name] = totals.get(name, 0.0) + value.detach()
         return {name: float(value[0] / value[1]) for name, value in totals.items() if float(value[1])}
 
     def _values(self, variation: Variation) -> tuple[Values, PlainContrastive | None]:
         """The loss under a variation, and the object that has its temperature if that may be trained."""
-        config, objective = self._config, self._config.objective
+        config = self._config
+        if variation.settings:
+            config = replace(config, objective=replace(config.objective, **dict(variation.settings)))  # type: ignore
+        objective = config.objective
         if config.task == "reranker":
             lists = PlainReranking(objective.loss, config.reranker, variation)
             return functools.partial(over_dimensions, lists.sums, weights=[(None, "float32", 1.0)],
@@ -129,6 +133,14 @@ class PlainObjective(Objective[AnyBatch]):
     def _scale(self) -> LearnedScale | None:
         """The trained temperature."""
         return self.learned if isinstance(self.learned, LearnedScale) else None
+
+
+def _vectors(parts: Sequence[Part], variation: Variation) -> tuple[Tensor, Tensor]:
+    """Queries and documents of all ranks."""
+    values = torch.cat([part.query for part in parts]), torch.cat([part.document for part in parts])
+    if variation.rounded != "vectors":
+        return values
+    return values[0].bfloat16().double(), values[1].bfloat16().double()
 
 
 def _learned_values(loss: PlainContrastive, gradients: list[float], queries: int) -> dict[str, Tensor]:

@@ -35,7 +35,12 @@ class Variation:
     """(first, last + 1, factor): the gradient of these queries of the global batch and of their documents is multiplied
     by it."""
     detached: tuple[Literal["queries", "positives", "hard_negatives"], ...] = ()
-    """Rows without gradient."""
+    """Rows without gradient, or with `detached_factor` times theirs."""
+    detached_factor: float = 0.0
+    settings: tuple[tuple[str, object], ...] = ()
+    """(key, value) in place of those of section `objective`."""
+    rounded: Literal["vectors", "gradient"] | None = None
+    """What is rounded to bfloat16: the vectors before the loss, or their gradient."""
 
 
 NONE = Variation()

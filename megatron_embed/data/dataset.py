@@ -16,8 +16,9 @@ from megatron_embed.data.columns import COLUMNS_SETTING
 from megatron_embed.data.entries import DataEntry, EntryPart, IndexedEntry
 from megatron_embed.data.entry_index import open_index
 from megatron_embed.data.formats import RowReader
-from megatron_embed.data.index_parts import Part
+from megatron_embed.data.index_parts import Part, hashes_of, texts_of
 from megatron_embed.data.index_store import IndexPlace
+from megatron_embed.data.indexed_rows import IndexedRows
 from megatron_embed.data.jsonl import BLANK
 from megatron_embed.data.permutation import mixed
 from megatron_embed.data.records import AnyRecord, Kind, Records, text_id
@@ -97,8 +98,25 @@ class RecordFile(IndexedEntry):
         return self._files[file].read_at(start, end, line_number)
 
     def _record(self, index: int) -> AnyRecord:
+        if self._files is not None and self.row_index.folder is not None:
+            return self._record_as_indexed(self._files, index)
         row, source = self._written(index)
         return self._reader.read(row, source, trusted=self._files is not None or self._rows.detects_changes)
+
+    def _record_as_indexed(self, files: list[IndexedRows], index: int) -> AnyRecord:
+        """A record whose texts have the hashes in the index of this or an earlier start."""
+        file, line_number, start, end = self.row_index.locate(index)
+        raw, source = files[file].bytes_at(start, end, line_number)
+        try:
+            record = self._reader.read(files[file].parse(raw, source, trusted=True), source, trusted=True)
+            is_indexed = hashes_of(text.encode() for text in texts_of(record)) == self.row_index.hashes(index)
+        except (DataError, LookupError, TypeError, ValueError, AttributeError):  # trusted rows are hardly checked
+            is_indexed = False
+        if not is_indexed:
+            raise DataError(f"{files[file].path}: row {index + 1} is not the one that its index was made of: the file "
+                            f"was changed and kept its size and time, or the index is damaged; remove the folder "
+                            f"{self.row_index.folder}, then start the run again")
+        return record
 
 
 class BeirFile(IndexedEntry):

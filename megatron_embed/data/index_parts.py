@@ -8,7 +8,7 @@ the part have the same numbers; and line numbers, unless no line between the row
 import hashlib
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,17 @@ class PartInfo:
         return asdict(self)
 
 
+def texts_of(record: AnyRecord) -> list[str]:
+    """The texts whose hashes a part holds: the query, and the documents that may be in a batch with others'."""
+    return [record.query, *record.positive, *record.negatives] if isinstance(record, Record) else [record.query]
+
+
+def hashes_of(texts: Iterable[bytes]) -> bytes:
+    """The texts' hashes, 8 bytes each."""
+    blake2b = hashlib.blake2b
+    return b"".join([blake2b(text, digest_size=8).digest() for text in texts])
+
+
 class PartWriter:
     """Collects the rows of one part."""
 
@@ -102,13 +113,10 @@ class PartWriter:
             position: number of its line in the unit, from 1, first byte, and the byte behind the last; None: a source
                 without offsets.
         """
-        texts = [record.query]
-        shape = (0, 0, False)
+        texts, shape = texts_of(record), (0, 0, False)
         if isinstance(record, Record):
             ids = record.document_ids
             shape = (len(record.positive), len(record.negatives), ids is not None)
-            texts += record.positive
-            texts += record.negatives
             if ids is not None:
                 file = record.source.rpartition(":")[0]  # in which ids are unique
                 texts += [f"\0{file}\0{name}" for name in ids]
@@ -117,9 +125,7 @@ class PartWriter:
     def add_texts(self, texts: Sequence[bytes], shape: tuple[int, int, bool],
                   position: tuple[int, int, int] | None) -> None:
         """Take a row by its texts and ids. `shape`: see PartInfo."""
-        hashes, blake2b = self._texts, hashlib.blake2b
-        for text in texts:
-            hashes += blake2b(text, digest_size=8).digest()
+        self._texts += hashes_of(texts)
         if shape != self._shape:
             self._note_shape(shape)
         if not self._is_uniform:
@@ -163,7 +169,7 @@ class PartWriter:
 
 
 class Part:
-    """A part, memory-mapped when it is first used.
+    """A part, memory-mapped at once, so that its file may be deleted while it is used.
 
     Args:
         data: its file, or its bytes, which are kept in a nameless temporary file (TMPDIR) if they are many.
@@ -172,9 +178,8 @@ class Part:
     def __init__(self, info: PartInfo, data: Path | bytes) -> None:
         self.info = info
         self._path = data if isinstance(data, Path) else None
-        self._arrays: dict[str, NDArray[np.int64]] | None = None
-        if isinstance(data, bytes):
-            self._arrays = self._divided(_mapped(data))
+        self._arrays: dict[str, NDArray[np.int64]] | None = self._divided(
+            _mapped(data) if isinstance(data, bytes) else self._map())
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_arrays": None if self._path is not None else self._arrays}
@@ -186,15 +191,26 @@ class Part:
 
     def _array(self, name: str) -> NDArray[np.int64]:
         if self._arrays is None:
-            assert self._path is not None
-            self._arrays = self._divided(np.memmap(self._path, dtype=_LITTLE_INT64, mode="r"))
+            self._arrays = self._divided(self._map())
         return self._arrays[name]
+
+    def _map(self) -> NDArray[np.int64]:
+        assert self._path is not None
+        return np.memmap(self._path, dtype=_LITTLE_INT64, mode="r")
 
     def location(self, row: int) -> tuple[int, int, int]:
         """(number of the line in its unit, first byte, byte behind the last) of a row."""
         starts = self._array("starts")
         line = int(self._array("lines")[row]) if self.info.has_lines else row + 1
         return line, int(starts[row]), int(starts[row + 1])
+
+    def hashes(self, row: int) -> bytes:
+        """See `hashes_of`: those of `texts_of` a row."""
+        if self.info.shape is not None:
+            begin, documents = row * (self.info.texts // self.info.rows), self.info.shape[0] + self.info.shape[1]
+        else:
+            begin, documents = int(self._array("text_ends")[row - 1]) if row else 0, int(self._array("documents")[row])
+        return self._array("texts")[begin : begin + 1 + documents].tobytes()
 
     def query_ids(self, rows: slice) -> NDArray[np.int64]:
         """Hash of the query of some rows."""

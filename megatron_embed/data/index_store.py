@@ -7,6 +7,7 @@ takes the units that it has not finished.
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import itertools
 import json
@@ -110,13 +111,25 @@ def _hash(value: Any) -> str:
 def read_index(folder: Path) -> RowIndex | None:
     """The finished index that the folder holds; None if there is none, or a part is missing."""
     try:
-        values = read_json_file(folder / _SUMMARY, LARGEST_TOKENIZER)
-        units = [IndexedUnit.from_json(unit) for unit in values]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        units = [IndexedUnit.from_json(unit) for unit in _read_sealed(folder / _SUMMARY)]
+        return _opened(folder, units) if all(
+            _is_whole(folder, number, unit) for number, unit in enumerate(units)) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not all(_is_whole(folder, number, unit) for number, unit in enumerate(units)):
-        return None
-    return _opened(folder, units)
+
+
+def _sealed(path: Path, values: Any) -> bytes:
+    """The JSON file that `_read_sealed` reads: values with a hash of them and of the file's place."""
+    return json.dumps({"hash": _hash([path.parent.name, path.name, values]), "values": values}).encode()
+
+
+def _read_sealed(path: Path) -> Any:
+    """The values of a JSON file. Raises OSError or ValueError: it cannot be read, or is not as it was written there."""
+    content = read_json_file(path, LARGEST_TOKENIZER)
+    if not isinstance(content, dict) or content.get("hash") != _hash([path.parent.name, path.name,
+                                                                     content.get("values")]):
+        raise ValueError("damaged, or of another index")
+    return content["values"]
 
 
 def _opened(folder: Path, units: Sequence[IndexedUnit]) -> RowIndex:
@@ -178,13 +191,17 @@ class IndexWriter:
             with _locks(self._folder / _LOCKS) as lock, self._progress:
                 self._read_all(lock)
             self._raise_first_error()
-            _write(self._folder / _SUMMARY, json.dumps([unit.as_json() for _, unit in sorted(
-                self._done.items())]).encode())
+            units = [unit for _, unit in sorted(self._done.items())]
+            _write(self._folder / _SUMMARY, _sealed(self._folder / _SUMMARY, [unit.as_json() for unit in units]))
+            index = _opened(self._folder, units)
         except OSError as error:
-            raise ConfigError(f"data.index_directory: {self._folder}: {error.strerror or error}; free space there, or "
-                              "choose another directory", key="data.index_directory") from error
+            named = "null" if self._place.directory is None else repr(self._place.directory)
+            raise ConfigError(f"data.index_directory = {named}: {self._folder} cannot be written "
+                              f"({error.strerror or error}); free space there, set another directory, or "
+                              f"{NO_DIRECTORY!r} to read all rows at every start",
+                              key="data.index_directory") from error
         self._remove_outdated()
-        return _opened(self._folder, [unit for _, unit in sorted(self._done.items())])
+        return index
 
     def _read_all(self, lock: Callable[[int], bool]) -> None:
         """Read units until all before the first bad row are done, by this process or another."""
@@ -221,8 +238,8 @@ class IndexWriter:
             if f"{number:06d}.refused" in names:
                 self._refused.add(number)
             if f"{number:06d}.json" in names:
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                    unit = IndexedUnit.from_json(read_json_file(_unit_file(self._folder, number), LARGEST_TOKENIZER))
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    unit = IndexedUnit.from_json(_read_sealed(_unit_file(self._folder, number)))
                     if _is_whole(self._folder, number, unit):
                         self._done[number] = unit
 
@@ -239,7 +256,8 @@ class IndexWriter:
             _write(self._folder / f"{number:06d}.refused", b"")
             self._refused.add(number)
             return
-        _write(_unit_file(self._folder, number), json.dumps(unit.as_json()).encode())
+        path = _unit_file(self._folder, number)
+        _write(path, _sealed(path, unit.as_json()))
         self._done[number] = unit
         self._progress.update(self._done)
 
@@ -261,7 +279,7 @@ class IndexWriter:
         """Remove what killed processes had not finished, and the indexes of the same files as they were before."""
         for unfinished in self._folder.glob(".[0-9]*"):
             unfinished.unlink(missing_ok=True)
-        prefix = self._folder.name.rpartition("-")[0]
+        prefix = glob.escape(self._folder.name.rpartition("-")[0])
         for other in self._folder.parent.glob(f"{prefix}-*"):
             if other != self._folder:
                 shutil.rmtree(other, ignore_errors=True)
@@ -295,6 +313,9 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(path)
+    except FileNotFoundError:
+        if not path.exists():
+            raise  # else a process that has no locks either wrote the same and removed what it took for unfinished
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -160,6 +160,11 @@ class IndexedRows(DescriptorRows):
         Raises:
             DataError: the file changed since, or is gone.
         """
+        raw, source = self.bytes_at(start, end, line_number)
+        return self.parse(raw, source, trusted=True), source
+
+    def bytes_at(self, start: int, end: int, line_number: int) -> tuple[bytes, str]:
+        """The same as its bytes, none where the file has none there, and FILE:LINE."""
         source = f"{self.path}:{line_number}"
         try:
             if self._descriptor is None:
@@ -167,13 +172,14 @@ class IndexedRows(DescriptorRows):
             # Of a compressed file the descriptor is that of our own unpacked copy, which nothing changes.
             unchanged = is_compressed(self.path) or stamp_of(os.fstat(self._descriptor)) == self.stamp
             # pread keeps no position: threads and forked processes may share the descriptor.
-            raw = os.pread(self._descriptor, end - start, start)
+            raw = os.pread(self._descriptor, end - start, start) if 0 <= start < end <= os.fstat(
+                self._descriptor).st_size else b""
         except OSError as error:
             raise DataError(f"{source}: cannot be read again: {error.strerror}; "
                             "keep the file until the run ends") from None
         if not unchanged:
             raise DataError(f"{source}: the file was changed after it was checked; start the run again")
-        return self.parse(raw, source, trusted=True), source
+        return raw, source
 
     def _open(self) -> int:
         if not is_compressed(self.path):

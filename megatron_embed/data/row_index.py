@@ -188,6 +188,11 @@ class RowIndex:
         file, lines_before = self._origins[part]
         return file, lines_before + line, start, end
 
+    def hashes(self, row: int) -> bytes:
+        """See Part.hashes."""
+        part = bisect_right(self._part_ends, row)
+        return self._parts[part].hashes(row - self._first_row(part))
+
     def _first_row(self, part: int) -> int:
         return self._part_ends[part - 1] if part else 0
 

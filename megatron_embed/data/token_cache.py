@@ -135,15 +135,18 @@ class TokenCacheWriter:
     """
 
     def __init__(self, directory: str, settings: Mapping[str, Any], largest: int) -> None:
-        self._final = Path(os.path.abspath(directory))
+        self._final = Path(os.path.realpath(directory))
         self._settings = settings
         self._dtype = np.dtype(_DTYPES[0] if largest < 1 << 16 else _DTYPES[1])
-        self._unfinished = self._final.with_name(f".{self._final.name}.unfinished")
         self._known: set[bytes] = set()
         self._count = self.num_tokens = 0
-        if self._final.exists() and not (self._final / _SUMMARY).is_file() and any(self._final.iterdir()):
+        with self._explained():
+            is_replaced = not self._final.exists() or (self._final / _SUMMARY).is_file() or (
+                self._final.is_dir() and not any(self._final.iterdir()))
+        if not is_replaced:
             raise ConfigError(f"data.token_cache = {directory!r}: exists and is not a token cache; choose another name",
                               key="data.token_cache")
+        self._unfinished = self._final.with_name(f".{self._final.name}.unfinished")
         with self._explained():
             shutil.rmtree(self._unfinished, ignore_errors=True)
             self._unfinished.mkdir(parents=True)

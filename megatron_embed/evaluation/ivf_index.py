@@ -97,12 +97,13 @@ class IvfIndex:
         scores: NDArray[np.float32] = np.empty((len(queries), 0), dtype=np.float32)
         rows: NDArray[np.int64] = np.empty((len(queries), 0), dtype=np.int64)
         parameters = self._faiss.SearchParametersIVF(nprobe=self.probes)
-        for index in self._indexes:
+        for part, index in zip(self._parts, self._indexes, strict=True):
             new_scores, new_rows = index.search(queries.float().cpu().numpy(), k, params=parameters)
+            first, end = part * PART_ROWS, min(len(self._vectors), (part + 1) * PART_ROWS)
+            if not ((new_rows == -1) | ((first <= new_rows) & (new_rows < end))).all():
+                raise ConfigError(f"{self._file(part)}: damaged: it names vectors that are not of this part; remove "
+                                  f"{self._folder}, and it is built again")
             scores, rows = np.concatenate([scores, new_scores], axis=1), np.concatenate([rows, new_rows], axis=1)
-            if len(rows) and not -1 <= rows.min() <= rows.max() < len(self._vectors):
-                raise ConfigError(f"{self._folder}: damaged: it names vectors that are not there; remove it, and it is "
-                                  "built again")
             best = np.lexsort((-rows, -np.where(rows < 0, -np.inf, scores)), axis=1)[:, :k]
             scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
         return scores, rows

@@ -374,6 +374,133 @@ def repeated_record():
         [records[1], *records[1:]], *rest, **options))
 
 
+def other_settings(**settings):
+    """The loss has other settings than the configuration."""
+    from megatron_embed.objectives.contrastive import Contrastive
+
+    return replaced(Contrastive, "step_settings", lambda original: lambda self: dataclasses.replace(
+        original(self), **settings))
+
+
+def other_weight_of_a_dimension():
+    from megatron_embed.objectives.contrastive import Contrastive
+
+    def make(original):
+        def init(self, *arguments, **options):
+            original(self, *arguments, **options)
+            self.dims = tuple(dataclasses.replace(dim, weight=1.0 + index) for index, dim in enumerate(self.dims))
+        return init
+
+    return replaced(Contrastive, "__init__", make)
+
+
+def with_loss(before=None, after=None):
+    """What a contrastive loss is given, or what it returns, is changed."""
+    from megatron_embed.objectives.contrastive import Contrastive
+
+    def make(original):
+        def loss(self, embeddings, batch, *, total):
+            result = original(self, embeddings if before is None else before(embeddings), batch, total=total)
+            if after is not None:
+                after(result.embeddings, batch)
+            return result
+        return loss
+
+    return replaced(Contrastive, "__call__", make)
+
+
+def queries_twice(gradient, batch):
+    gradient[: batch.num_queries] *= 2
+
+
+def scaled_adapters():
+    from megatron_embed.models.lora import Lora
+
+    def make(original):
+        def init(self, *arguments, **options):
+            original(self, *arguments, **options)
+            self.scale *= 2
+        return init
+
+    return replaced(Lora, "__init__", make)
+
+
+def shorter_texts_of_both():
+    from megatron_embed.data.tokenizer import RoleTokenizer
+
+    def make(original):
+        def tokenize(self, texts, role, *rest, **options):
+            self._max_lengths = {"query": 12, "document": 40}
+            return original(self, texts, role, *rest, **options)
+        return tokenize
+
+    return replaced(RoleTokenizer, "tokenize", make)
+
+
+def repeated_micro_batch():
+    from megatron_embed.data.loader import StepLoader
+
+    def make(original):
+        def build(self, *arguments):
+            batch = original(self, *arguments)
+            first, second, *rest = batch.micro_batches
+            return dataclasses.replace(batch, micro_batches=(
+                first, dataclasses.replace(first, rows=second.rows), *rest))
+        return build
+
+    return replaced(StepLoader, "build", make)
+
+
+def with_kernel(change):
+    """Another update by AdamW: change(original) -> (self, parameters, group)."""
+    from megatron_embed.training.optimizer import AdamW
+
+    return replaced(AdamW, "_update", change)
+
+
+def l2_regularization():
+    def change(original):
+        def update(self, parameters, group):
+            for parameter in parameters:
+                parameter.grad.add_(parameter, alpha=group["weight_decay"])
+            original(self, parameters, {**group, "weight_decay": 0.0})
+        return update
+
+    return with_kernel(change)
+
+
+def stronger_weight_decay():
+    return with_kernel(lambda original: lambda self, parameters, group: original(
+        self, parameters, {**group, "weight_decay": group["weight_decay"] * 1.7}))
+
+
+def second_moments_lost():
+    from megatron_embed.run import assemble
+
+    def make(original):
+        def resume(progress, state):
+            step = original(progress, state)
+            for part in state.optimizer.chained_optimizers:
+                for values in part.optimizer.state.values():
+                    values["exp_avg_sq"].zero_()
+            return step
+        return resume
+
+    return replaced(assemble, "resume", make)
+
+
+def two_updates():
+    from megatron_embed.training.optimizer import AdamW
+
+    def make(original):
+        def step(self):
+            original(self)
+            original(self)
+        return step
+
+    return replaced(AdamW, "step", make)
+
+
 def edited_metrics(run):
     file = run / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -458,6 +585,24 @@ FAULTS = {
     "attention across texts": Fault("vectors", "attention across texts", inject=attention_across_texts),
     "wrong seed": Fault("rows", "wrong seed", inject=wrong_seed),
     "repeated record": Fault("texts", "duplicated row", ranks=1, inject=repeated_record),
+    "mask margin": Fault("masks", "wrong mask margin", settings={"objective": {"mask_margin": 0.05}},
+                         inject=lambda: other_settings(mask_margin=-0.01)),
+    "hardness": Fault("loss", "wrong hardness strength", inject=lambda: other_settings(hardness_strength=9.0),
+                      settings={"objective": {"hardness": "hard_negatives", "hardness_strength": 5.0}}),
+    "weight of a dimension": Fault("loss", "wrong weight of a term", inject=other_weight_of_a_dimension,
+                                   settings={"embedding": {"matryoshka_dims": [32, 16]}}),
+    "gradient of queries twice": Fault("gradient", "gradient of queries scaled",
+                                       inject=lambda: with_loss(after=queries_twice)),
+    "rounded vectors": Fault("vectors", "rounded vectors",
+                             inject=lambda: with_loss(before=lambda rows: rows.bfloat16().float())),
+    "scale of adapters": Fault("vectors", "wrong scale of the adapters", inject=scaled_adapters,
+                               settings={"lora": {"rank": 4, "target_modules": ["all-linear"]}}),
+    "shorter texts of both roles": Fault("texts", "wrong maximum length", inject=shorter_texts_of_both),
+    "micro-batch twice": Fault("texts", "duplicated micro-batch", inject=repeated_micro_batch),
+    "L2 regularization": Fault("vectors", "weight decay in the gradient", inject=l2_regularization),
+    "stronger weight decay": Fault("update", "wrong weight decay", inject=stronger_weight_decay),
+    "second moments lost": Fault("update", "optimizer state lost", inject=second_moments_lost, step=6, resumed=True),
+    "two updates": Fault("update", "update made twice", inject=two_updates),
     "edited metrics": Fault("log", "changed log", alter=edited_metrics),
     "edited configuration": Fault("settings", "changed configuration", alter=edited_configuration),
     "changed data": Fault("rows", "changed data", alter=changed_data)}

@@ -73,3 +73,42 @@ def test_plain_losses_are_those_of_training(ranks):
     for found in run_on_ranks(both_ways, ranks):
         assert len(found) == len(VARIANTS) + 1 + len(OWN) + len(PAIRS) + len(LISTS)
         assert [each for each in found if max(each[1:]) > 1e-5] == []
+
+
+SETTINGS = ({"mask_margin": 0.1, "temperature": 0.2}, {"hardness": "all_negatives", "hardness_strength": 3.0},
+            {"hard_negatives": "private"}, {"matryoshka_weights": (2.0, 0.5)})
+
+
+def under_variations():
+    """Of each setting: (metrics of a loss that has it, those of its variation), and gradients of other variations."""
+    from megatron_embed.audit.plain_objective import PlainObjective
+    from megatron_embed.audit.variation import Variation
+    from megatron_embed.objectives.build import build_objective
+
+    topology = types.SimpleNamespace(dp_group=dist.group.WORLD)
+
+    def computed(objective, variation=None):
+        variant = (objective, {"num_negatives": 3}, (7, 3))
+        config, (rows, batch) = config_of(*variant), variant_batch(0, variant)
+        plain = PlainObjective(config, topology, build_objective(config, dist.group.WORLD))
+        plain.variation = variation or plain.variation
+        return plain(rows, batch, total=6.0), batch
+
+    found = []
+    for settings in SETTINGS:
+        without = {"hardness": "all_negatives", "hardness_strength": 1.0} if "hardness" in settings else {}
+        (direct, _), (varied, _) = computed(settings), computed(without, Variation(settings=tuple(settings.items())))
+        found.append((direct.sums.metrics(), varied.sums.metrics()))
+    (base, batch), (scaled, _), (rounded, _) = (computed({}, variation) for variation in (
+        None, Variation(detached=("queries",), detached_factor=3.0), Variation(rounded="gradient")))
+    return found, base.embeddings, scaled.embeddings, rounded.embeddings, batch.num_queries
+
+
+def test_variations_are_what_they_are_called():
+    found, base, scaled, rounded, queries = run_on_ranks(under_variations, 1)[0]
+    for direct, varied in found:
+        assert varied == pytest.approx(direct)
+    assert len({direct["loss"] for direct, _ in found}) == len(found)
+    torch.testing.assert_close(scaled[:queries], 3 * base[:queries])
+    torch.testing.assert_close(scaled[queries:], base[queries:])
+    assert torch.equal(rounded, base.bfloat16().to(base.dtype)) and not torch.equal(rounded, base)

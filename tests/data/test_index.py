@@ -1,10 +1,13 @@
 """The index of rows: it says what the rows say, is read instead of them, and is completed by the next start."""
 
+import errno
+import fcntl
 import functools
 import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +135,70 @@ def test_what_does_not_fit_any_more_is_read_again(write_rows: WriteRows, tmp_pat
     assert len(folders) == (2 if change == "columns" else 1)  # that of the file as it was is removed
 
 
+@pytest.mark.parametrize("change", ["fewer rows", "text for a number", "another file's"])
+def test_an_edited_index_is_made_again(write_rows: WriteRows, tmp_path: Path, small_parts: None, change: str):
+    path = write_rows(mixed_rows(200))
+    before = opened(path, tmp_path / "index")
+    folder = before.files[0].index_folder
+    assert folder is not None
+    file, values = folder / "index.json", json.loads((folder / "index.json").read_text())
+    if change == "fewer rows":
+        file.write_text(json.dumps({**values, "values": values["values"][:1]}))
+    elif change == "text for a number":
+        file.write_text(file.read_text().replace('"most_positives": 2', '"most_positives": "2"'))
+    else:
+        other = opened(write_rows(mixed_rows(90), "other.jsonl"), tmp_path / "index").files[0].index_folder
+        assert other is not None
+        for part in other.iterdir():
+            part.rename(folder / part.name)
+    again = opened(path, tmp_path / "index")
+    assert (len(again), again.digest, again.most_positives) == (200, before.digest, before.most_positives)
+    assert [again[row] for row in range(200)] == [before[row] for row in range(200)]
+
+
+def test_an_index_may_be_deleted_while_it_is_used(write_rows: WriteRows, tmp_path: Path, small_parts: None):
+    path = write_rows(mixed_rows(200))
+    records = opened(path, tmp_path / "index")
+    shutil.rmtree(tmp_path / "index")
+    assert [record.query for record in records] == [record.query for record in opened(path, "none")]
+
+
+@pytest.mark.parametrize("change", ["rows", "keys", "positives", "offsets"])
+def test_a_row_that_the_index_was_not_made_of_is_refused(write_rows: WriteRows, tmp_path: Path, change: str):
+    """Size and time of the file are those of before, or the index is damaged."""
+    path = Path(write_rows([json.dumps({"query": f"q{row}", "positive": f"p{row}"}) for row in range(10, 30)]))
+    records = opened(str(path), tmp_path / "index")
+    folder, status, text = records.files[0].index_folder, path.stat(), path.read_text()
+    assert folder is not None
+    if change == "offsets":
+        part = next(folder.glob("*.bin"))
+        part.write_bytes(random.Random(1).randbytes(part.stat().st_size))
+    else:
+        path.write_text({"rows": "".join(line + "\n" for line in reversed(text.splitlines())),
+                         "keys": text.replace("query", "queri"), "positives": text.replace("p17", "p71")}[change])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    records = opened(str(path), tmp_path / "index")
+    row = 8 if change == "positives" else 1
+    with pytest.raises(DataError, match=rf"rows\.jsonl: row {row} is not the one that its index was made of: .* remove "
+                                        rf"the folder {folder}, then start the run again"):
+        list(records)
+
+
+def test_ranks_without_locks_write_the_same_index(write_rows: WriteRows, tmp_path: Path, small_parts: None,
+                                                  monkeypatch: pytest.MonkeyPatch):
+    """Both read all rows; the first to end removes what it takes for the remains of killed ones."""
+    path, rename = write_rows(mixed_rows(200)), Path.rename
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+
+    def overtaken(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        opened(path, tmp_path / "index")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    assert opened(path, tmp_path / "index").digest == opened(path, "none").digest
+
+
 @pytest.mark.parametrize("directory", ["index", "none"])
 def test_columns_are_found_in_any_unit_and_missed_at_every_start(write_rows: WriteRows, tmp_path: Path,
                                                                  small_parts: None, directory: str):
@@ -245,6 +312,23 @@ def test_the_directory(write_rows: WriteRows, tmp_path: Path, monkeypatch: pytes
     assert "so every start reads all rows; set data.index_directory" in caplog.text
     with pytest.raises(ConfigError, match="data.index_directory = '': must name a directory"):
         DataConfig(index_directory="")
+
+
+@pytest.mark.parametrize("directory", ["index", None])
+def test_a_full_disk(write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str | None):
+    path = write_rows(mixed_rows(50))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setattr(index_store, "SMALLEST_KEPT", 10)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        named = "null" if directory is None else repr(directory)
+        with pytest.raises(ConfigError, match=rf"data.index_directory = {named}: "
+                                              r".*rows-.* cannot be written \(No space left on device\); free space "
+                                              "there, set another directory, or 'none' to read all rows"):
+            open_records((TrainFile(path=path),), place=IndexPlace(directory=directory))
+    assert [file.name for file in tmp_path.glob("**/rows-*/*")] == ["locks"]
+    assert len(open_records((TrainFile(path=path),), place=IndexPlace(directory=directory))) == 50
 
 
 def test_rows_cost_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

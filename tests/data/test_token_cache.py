@@ -98,6 +98,19 @@ def test_what_is_not_in_the_cache_is_not_found(tmp_path: Path):
     assert found[60:] == [None] * 42
 
 
+def test_a_file_is_not_replaced_and_a_link_is_followed(tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in (tmp_path / "file", "/"):
+        with pytest.raises(ConfigError, match=f"data.token_cache = '{name}': exists and is not a token cache"):
+            TokenCacheWriter(str(name), {}, 1)
+    with TokenCacheWriter(str(tmp_path / "link"), {}, 1) as writer:
+        writer.add([Prompted("query", "", "text")], [TokenizedText([1], False)])
+        assert writer.finish() == 1
+    assert len(TokenCache(str(tmp_path / "folder"), {})) == 1 and (tmp_path / "link").is_symlink()
+
+
 def test_what_is_no_cache_is_not_replaced(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "mine.txt").write_text("mine")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_embed.errors import DataError
+from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.evaluation import ivf_index
 from megatron_embed.evaluation.ivf_index import IvfIndex, IvfSettings
 from megatron_embed.evaluation.search import search
@@ -74,6 +74,16 @@ def test_parts_are_gone_on_with_and_find_what_exact_search_finds(clustered: Vect
     assert len(list(folder.glob("0*.faiss"))) == 5
     wide = IvfIndex(clustered, IvfSettings(lists=20, probes=1)).search(queries, 2900)
     assert (wide[1][:, -1] == -1).all() and (wide[1][:, 0] >= 0).all()
+
+
+def test_a_part_in_the_place_of_another_is_refused(clustered: VectorFile, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ivf_index, "PART_ROWS", 1000)
+    queries = clustered.scaled(clustered.rows(0, 5))
+    IvfIndex(clustered, IvfSettings(lists=20)).search(queries, 10)
+    folder = Path(f"{clustered.path}.ivf-16")
+    shutil.copy(folder / "000000.faiss", folder / "000001.faiss")
+    with pytest.raises(ConfigError, match=f"000001.faiss: damaged: it names vectors .* remove {folder}, and it"):
+        IvfIndex(clustered, IvfSettings(lists=20)).search(queries, 10)
 
 
 BUILD = """
