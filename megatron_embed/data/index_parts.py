@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_embed.data.file_mapping import map_file
 from megatron_embed.data.records import AnyRecord, Record
 from megatron_embed.errors import ConfigError
 
@@ -196,7 +197,8 @@ class Part:
 
     def _map(self) -> NDArray[np.int64]:
         assert self._path is not None
-        return np.memmap(self._path, dtype=_LITTLE_INT64, mode="r")
+        with self._path.open("rb") as file:
+            return map_file(file, _LITTLE_INT64)
 
     def location(self, row: int) -> tuple[int, int, int]:
         """(number of the line in its unit, first byte, byte behind the last) of a row."""
@@ -254,7 +256,7 @@ def _mapped(data: bytes) -> NDArray[np.int64]:
         with tempfile.TemporaryFile() as file:
             file.write(data)
             file.flush()
-            return np.memmap(file, dtype=_LITTLE_INT64, mode="r")
+            return map_file(file, _LITTLE_INT64)
     except OSError as error:
         raise ConfigError(f"the index of the rows cannot be kept in {tempfile.gettempdir()}: {error.strerror}; free "
                           "space there, set TMPDIR to another directory, or set data.index_directory",
