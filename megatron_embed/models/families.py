@@ -175,9 +175,14 @@ def _mixtral(config: HFConfig) -> ModelShape:
 
 
 def _phi3(config: HFConfig) -> ModelShape:
-    """Phi-3 and Phi-4 without a scaled rope."""
-    return _decoder(config, "phi3", _Defaults(norm_eps=1e-5, partial_rotary=1.0),
-                    sliding_window=config.get("sliding_window", None))
+    """Phi-3 and Phi-4."""
+    shape = _decoder(config, "phi3", _Defaults(norm_eps=1e-5, partial_rotary=1.0),
+                     sliding_window=config.get("sliding_window", None))
+    if shape.rope_scaling is not None and shape.rope_scaling.kind != "longrope":
+        raise CheckpointError(f"{config.file}: rope type {shape.rope_scaling.kind!r} is not supported: in Phi-3 "
+                              "Transformers computes default and longrope alone, and takes yarn for longrope; write "
+                              "longrope, if that is what the weights were trained with")
+    return shape
 
 
 def _glm(family: Literal["glm", "glm4"]) -> Callable[[HFConfig], ModelShape]:

@@ -169,6 +169,8 @@ class ModelShape:
             raise CheckpointError(f"num_experts_per_tok = {self.experts_per_token} is more than the {self.num_experts} "
                                   "experts")
         rotated = (self.rotary_dim or self.head_dim) // 2
+        if self.rotary_base is not None and (self.rotary_dim or self.head_dim) % 2:
+            raise CheckpointError(f"head_dim = {self.head_dim} must be even, since its halves are rotated")
         if self.rope_scaling is not None and len(self.rope_scaling.short_factors) not in (0, rotated):
             raise CheckpointError(f"rope_scaling: short_factor has {len(self.rope_scaling.short_factors)} numbers, but "
                                   f"a head has {rotated} rotary frequencies")
