@@ -200,6 +200,20 @@ def test_missing_keys_mean_what_transformers_takes_them_for(family, tmp_path):
         None if family in ("llama", "qwen2", "glm", "glm4") else config.sliding_window)
 
 
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_longrope_of_either_kind_of_layers_bounds_the_texts(kind, tmp_path):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 48}
+    values = {"model_type": "modernbert", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4,
+              "intermediate_size": 48, "vocab_size": 103, "max_position_embeddings": 96,
+              "rope_parameters": {kind: rope}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert model_shape(tmp_path).longest_text == 48
+    edit_config(tmp_path, rope_parameters={kind: rope | {"short_factor": [1.0]}})
+    with pytest.raises(CheckpointError, match="short_factor has 1 numbers, but a head has 8"):
+        model_shape(tmp_path)
+
+
 GEMMA_CONFIGS = {
     "Gemma 2": ("gemma2", {}), "Gemma 2, no caps": ("gemma2", {
         "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 5.0e4,
