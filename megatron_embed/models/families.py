@@ -246,20 +246,25 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     return read_json_object(file)
 
 
+_KNOWN_CODE = {
+    "qwen2": r"(Alibaba-NLP/gte-[\w.-]+--)?modeling_qwen\.Qwen2(Model|ForCausalLM|ForSequenceClassification)",
+    "phi3": r"(microsoft/Phi-[\w.-]+--)?(configuration|modeling)_phi3\.Phi3\w+|Xenova/gpt-4o",
+    **{kind: rf"(internlm/[\w.-]+--)?(configuration|modeling|tokenization)_{kind}(_fast)?\.InternLM\d\w+"
+       for kind in ("internlm2", "internlm3")}}
+"""Families -> names in the auto_map of their releases, and of what Transformers saves of these. Phi-4-mini's tokenizer
+is a repository."""
+
+
 def _is_known_code(values: dict[str, Any]) -> bool:
     """Whether the code that auto_map names is that of a family whose computation is known: gte-Qwen2 (Qwen2 with
-    attention to the whole text, as `is_causal` must say) or InternLM. It is not run."""
+    attention to the whole text, as `is_causal` must say), Phi-3 (of which Transformers has a class of its own, and
+    takes that) or InternLM. It is not run."""
     kind, code = values.get("model_type"), values["auto_map"]
-    if not isinstance(code, dict) or not isinstance(kind, str):
+    if not isinstance(code, dict) or not isinstance(kind, str) or kind not in _KNOWN_CODE:
         return False
-    if kind == "qwen2":
-        return values.get("is_causal") is False and all(name in _GTE_QWEN2_CODE for name in code.values())
-    known = re.compile(rf"(configuration|modeling|tokenization)_{kind}(_fast)?\.InternLM\d\w+")
-    return kind in ("internlm2", "internlm3") and all(
-        isinstance(name, str) and known.fullmatch(name) for name in code.values())
-
-
-_GTE_QWEN2_CODE = tuple(f"modeling_qwen.Qwen2{kind}" for kind in ("Model", "ForCausalLM", "ForSequenceClassification"))
+    if kind == "qwen2" and values.get("is_causal") is not False:
+        return False
+    return all(isinstance(name, str) and re.fullmatch(_KNOWN_CODE[kind], name) for name in code.values())
 
 
 def model_shape(directory: str | Path) -> ModelShape:

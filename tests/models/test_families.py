@@ -328,6 +328,25 @@ def test_gte_qwen2_is_qwen2_whose_tokens_attend_to_the_whole_text(tmp_path):
             model_shape(tmp_path)
 
 
+@pytest.mark.parametrize("family, prefix, config, model", [
+    ("phi3", "", "configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
+    ("phi3", "microsoft/Phi-3-mini-4k-instruct--", "configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
+    ("qwen2", "Alibaba-NLP/gte-Qwen2-1.5B-instruct--", "modeling_qwen.Qwen2Model", "modeling_qwen.Qwen2ForCausalLM"),
+    ("internlm2", "internlm/internlm2-1_8b--", "configuration_internlm2.InternLM2Config",
+     "modeling_internlm2.InternLM2ForCausalLM")])
+def test_releases_and_what_transformers_saves_of_them_are_known(tmp_path, family, prefix, config, model):
+    """All releases of Phi-3 and Phi-4-mini name code that Transformers does not take either, having its own class."""
+    code = {"AutoConfig": prefix + config, "AutoModelForCausalLM": prefix + model}
+    code |= {"AutoTokenizer": "Xenova/gpt-4o"} if family == "phi3" else {}
+    values = DECODER | {"model_type": family, "auto_map": code, "bias": False}
+    values |= {"is_causal": False} if family == "qwen2" else {}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert model_shape(tmp_path).family == family
+    edit_config(tmp_path, auto_map=code | {"AutoModel": f"someone/else--{model}"})
+    with pytest.raises(CheckpointError, match="auto_map asks for code"):
+        model_shape(tmp_path)
+
+
 def test_layers_that_do_not_divide_go_to_the_last_stages(models):
     assert pipeline_layout(4, 2) is None
     assert pipeline_layout(5, 2) == [["embedding", "decoder", "decoder"], ["decoder"] * 3 + ["loss"]]
