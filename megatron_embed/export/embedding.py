@@ -110,10 +110,12 @@ def border_texts(tokenizer: RoleTokenizer, role: Role, longest: int) -> LengthPr
 
 
 def stock_runs_causally(shape: ModelShape, bidirectional: bool = False) -> bool:
-    """Whether the installed Transformers would run the model as another one: up to 5.1 it knows decoders with causal
-    attention alone; then it reads `is_causal` of config.json."""
+    """Whether the installed Transformers would run the model as another one: up to 5.1 it does not read `is_causal` of
+    config.json, by which decoders attend to the whole text; encoders and EmbeddingGemma do so by themselves."""
     old = tuple(map(int, version("transformers").split(".")[:2])) < (5, 2)
-    return old and (shape.bidirectional or bidirectional) and shape.classifier is None
+    by_itself = shape.bidirectional and (shape.classifier is not None or shape.relative_positions is not None
+                                         or shape.family == "gemma3_text")
+    return old and (shape.bidirectional or bidirectional) and not by_itself
 
 
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:

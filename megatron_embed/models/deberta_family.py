@@ -59,10 +59,10 @@ def _positions(config: HFConfig) -> DisentangledPositions:
 
 
 def _words(config: HFConfig, key: str) -> set[str]:
-    """Words of a list, or of a string with bars between them."""
+    """Words of a string with bars between them, or of a list, whose words Transformers takes as they are."""
     value = config.get(key, [])
-    words = value.lower().split("|") if isinstance(value, str) else value
-    return {str(word).strip() for word in words} if isinstance(words, list) else set()
+    words = [word.strip() for word in value.lower().split("|")] if isinstance(value, str) else value
+    return {str(word) for word in words} if isinstance(words, list) else set()
 
 
 def _pooler_activation(config: HFConfig) -> Literal["tanh"] | HiddenActivation:

@@ -175,9 +175,14 @@ def _mixtral(config: HFConfig) -> ModelShape:
 
 
 def _phi3(config: HFConfig) -> ModelShape:
-    """Phi-3 and Phi-4 without a scaled rope."""
-    return _decoder(config, "phi3", _Defaults(norm_eps=1e-5, partial_rotary=1.0),
-                    sliding_window=config.get("sliding_window", None))
+    """Phi-3 and Phi-4."""
+    shape = _decoder(config, "phi3", _Defaults(norm_eps=1e-5, partial_rotary=1.0),
+                     sliding_window=config.get("sliding_window", None))
+    if shape.rope_scaling is not None and shape.rope_scaling.kind != "longrope":
+        raise CheckpointError(f"{config.file}: rope type {shape.rope_scaling.kind!r} is not supported: in Phi-3 "
+                              "Transformers computes default and longrope alone, and takes yarn for longrope; write "
+                              "longrope, if that is what the weights were trained with")
+    return shape
 
 
 def _glm(family: Literal["glm", "glm4"]) -> Callable[[HFConfig], ModelShape]:
@@ -241,20 +246,25 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     return read_json_object(file)
 
 
+_KNOWN_CODE = {
+    "qwen2": r"(Alibaba-NLP/gte-[\w.-]+--)?modeling_qwen\.Qwen2(Model|ForCausalLM|ForSequenceClassification)",
+    "phi3": r"(microsoft/Phi-[\w.-]+--)?(configuration|modeling)_phi3\.Phi3\w+|Xenova/gpt-4o",
+    **{kind: rf"(internlm/[\w.-]+--)?(configuration|modeling|tokenization)_{kind}(_fast)?\.InternLM\d\w+"
+       for kind in ("internlm2", "internlm3")}}
+"""Families -> names in the auto_map of their releases, and of what Transformers saves of these. Phi-4-mini's tokenizer
+is a repository."""
+
+
 def _is_known_code(values: dict[str, Any]) -> bool:
     """Whether the code that auto_map names is that of a family whose computation is known: gte-Qwen2 (Qwen2 with
-    attention to the whole text, as `is_causal` must say) or InternLM. It is not run."""
+    attention to the whole text, as `is_causal` must say), Phi-3 (of which Transformers has a class of its own, and
+    takes that) or InternLM. It is not run."""
     kind, code = values.get("model_type"), values["auto_map"]
-    if not isinstance(code, dict) or not isinstance(kind, str):
+    if not isinstance(code, dict) or not isinstance(kind, str) or kind not in _KNOWN_CODE:
         return False
-    if kind == "qwen2":
-        return values.get("is_causal") is False and all(name in _GTE_QWEN2_CODE for name in code.values())
-    known = re.compile(rf"(configuration|modeling|tokenization)_{kind}(_fast)?\.InternLM\d\w+")
-    return kind in ("internlm2", "internlm3") and all(
-        isinstance(name, str) and known.fullmatch(name) for name in code.values())
-
-
-_GTE_QWEN2_CODE = tuple(f"modeling_qwen.Qwen2{kind}" for kind in ("Model", "ForCausalLM", "ForSequenceClassification"))
+    if kind == "qwen2" and values.get("is_causal") is not False:
+        return False
+    return all(isinstance(name, str) and re.fullmatch(_KNOWN_CODE[kind], name) for name in code.values())
 
 
 def model_shape(directory: str | Path) -> ModelShape:

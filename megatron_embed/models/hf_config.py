@@ -133,7 +133,17 @@ def layer_rope(config: HFConfig, layer_type: Literal["full_attention", "sliding_
     scaling = config.get("rope_scaling", {}) if scaled else {}
     for value in (parameters, scaling):
         _check_object(config, value)
-    return _rotary(config, parameters | scaling, base)
+    if scaling.get("rope_type") is None and scaling.get("type") not in (None, "default"):
+        raise CheckpointError(f"{config.file}: rope_scaling.type = {shown(scaling['type'])} is not supported: in a "
+                              f"{config.values.get('model_type')} model Transformers 5 reads rope_type alone, and "
+                              "would scale nothing; write it as rope_type")
+    outer = by_type if isinstance(by_type, dict) else {}
+    for value in (outer, parameters, scaling):
+        if value.get("truncate", True) is not True:
+            raise CheckpointError(f"{config.file}: rope_scaling: truncate = {shown(value['truncate'])} is not "
+                                  "supported: where types of layers have a rope of their own, Transformers reads it "
+                                  "in another place than the other keys; remove it")
+    return _rotary(config, parameters | scaling, base, by_layer_type=True)
 
 
 def _check_object(config: HFConfig, parameters: object) -> None:
@@ -142,9 +152,14 @@ def _check_object(config: HFConfig, parameters: object) -> None:
                               "again")
 
 
-def _rotary(config: HFConfig, parameters: Any, default: float, *,
-            partial: bool = False) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling from one object of parameters; `default`: the base, if it has none."""
+def _rotary(config: HFConfig, parameters: Any, default: float, *, partial: bool = False,
+            by_layer_type: bool = False) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling from one object of parameters.
+
+    Args:
+        default: the base, if it has none.
+        by_layer_type: the object is that of one type of layers.
+    """
     _check_object(config, parameters)
     nested = next((key for key, value in parameters.items() if isinstance(value, dict)), None)
     if nested is not None:
@@ -171,9 +186,9 @@ def _rotary(config: HFConfig, parameters: Any, default: float, *,
         raise CheckpointError(f"{config.file}: rope type {kind!r} without {missing[0]!r}; fetch the file again")
     if kind in ("linear", "dynamic"):
         return base, RopeScaling(kind=kind, factor=float(parameters["factor"]))
-    # In Transformers, a key beside rope_scaling takes precedence over one inside it.
-    original = config.get("original_max_position_embeddings", parameters.get(
-        "original_max_position_embeddings") or config["max_position_embeddings"])
+    original = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    if not by_layer_type:  # in Transformers, a key beside rope_scaling then takes precedence over one inside it
+        original = config.get("original_max_position_embeddings", original)
     if kind == "yarn":
         return base, _yarn(config, parameters, original)
     if kind == "longrope":

@@ -88,8 +88,10 @@ def gemma3_text(config: HFConfig) -> ModelShape:
                                            scaled=False)
     shape = _gemma(config, "gemma3_text", full_attention_layers(config, tuple(range(every - 1, layers, every))))
     if config.get("use_bidirectional_attention", False):
-        # The key then has the width of the whole window; half of it lies on either side.
-        window = None if shape.sliding_window is None else shape.sliding_window // 2
+        # The key then has the width of the whole window; half of it lies on either side. With is_causal = false too,
+        # Transformers' mask counts the border in, which is one token more.
+        border = 0 if is_causal(config) else 1
+        window = None if shape.sliding_window is None else shape.sliding_window // 2 + border
         if window == 0:
             raise CheckpointError(f"{config.file}: sliding_window = 1 is not supported: a token would attend to itself "
                                   "alone; fetch the file again")

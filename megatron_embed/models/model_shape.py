@@ -169,9 +169,12 @@ class ModelShape:
             raise CheckpointError(f"num_experts_per_tok = {self.experts_per_token} is more than the {self.num_experts} "
                                   "experts")
         rotated = (self.rotary_dim or self.head_dim) // 2
-        if self.rope_scaling is not None and len(self.rope_scaling.short_factors) not in (0, rotated):
-            raise CheckpointError(f"rope_scaling: short_factor has {len(self.rope_scaling.short_factors)} numbers, but "
-                                  f"a head has {rotated} rotary frequencies")
+        if self.rotary_base is not None and (self.rotary_dim or self.head_dim) % 2:
+            raise CheckpointError(f"head_dim = {self.head_dim} must be even, since its halves are rotated")
+        for scaling in self.rope_scalings:
+            if len(scaling.short_factors) not in (0, rotated):
+                raise CheckpointError(f"rope_scaling: short_factor has {len(scaling.short_factors)} numbers, but a "
+                                      f"head has {rotated} rotary frequencies")
         if self.position_offset >= self.max_position_embeddings:
             raise CheckpointError(f"max_position_embeddings = {self.max_position_embeddings} leaves no position after "
                                   f"pad_token_id = {self.position_offset - 1}")
@@ -191,6 +194,11 @@ class ModelShape:
         return sum(self.is_local(layer) for layer in range(self.num_layers))
 
     @property
+    def rope_scalings(self) -> tuple[RopeScaling, ...]:
+        """Scalings of rotary frequencies, of all layers or of either kind."""
+        return tuple(scaling for scaling in (self.rope_scaling, self.local_rope_scaling) if scaling is not None)
+
+    @property
     def learned_positions(self) -> bool:
         """Whether every position has an embedding."""
         return self.rotary_base is None and not self.has_position_bias
@@ -203,10 +211,9 @@ class ModelShape:
     @property
     def longest_text(self) -> int:
         """Tokens of the longest text that has positions, of those whose rotary frequencies are known."""
-        positions = self.max_position_embeddings - self.position_offset
-        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
-            return min(positions, self.rope_scaling.original_max_position_embeddings)
-        return positions
+        known = [scaling.original_max_position_embeddings for scaling in self.rope_scalings
+                 if scaling.kind == "longrope"]
+        return min([self.max_position_embeddings - self.position_offset, *known])
 
 
 MOST_MLPS = 2**17

@@ -32,7 +32,9 @@ class Method:
     changes: Changes
     """What differs from the given configuration, with the fastest micro-batch and recomputation."""
     plan: Plan | None
-    """None: it does not fit, whatever the micro-batch."""
+    """None: it does not fit, whatever the micro-batch, or is refused."""
+    refusal: str = ""
+    """The message of a run that asked for it; empty: the model can be trained so."""
 
 
 def compare_methods(config: RunConfig, shape: ModelShape, gpu: GPU, *, trains_all: bool, quantizes: bool,
@@ -79,9 +81,9 @@ def _method(name: str, config: RunConfig, changes: Changes, shape: ModelShape, g
         try:
             candidate = _with(dataclasses.replace(config, training=training), changes)
             check_block_widths(candidate, shape)
-        except ConfigError:
-            return Method(name=name, changes={}, plan=None)
-        plan = _largest_micro_batch(candidate, shape, gpu)
+            plan = _largest_micro_batch(candidate, shape, gpu)
+        except ConfigError as error:
+            return Method(name=name, changes={}, plan=None, refusal=str(error))
         if plan is not None:
             return Method(name=name, changes=_differences(config, plan.config), plan=plan)
     return Method(name=name, changes={}, plan=None)
@@ -136,7 +138,8 @@ def methods_report(methods: list[Method], gpu: GPU) -> str:
     width = max(len(method.name) for method in methods)
     for method in methods:
         if method.plan is None:
-            lines.append(f"  {method.name.ljust(width)}  does not fit")
+            reason = f"refused: {method.refusal}" if method.refusal else "does not fit"
+            lines.append(f"  {method.name.ljust(width)}  {reason}")
             continue
         plan, training = method.plan, method.plan.config.training
         micro = (f"{training.micro_batch_tokens} tokens" if training.micro_batch_tokens is not None

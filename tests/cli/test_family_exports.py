@@ -54,12 +54,19 @@ def test_an_export_gives_the_same_vectors_in_sentence_transformers(models, kind,
     assert_same_vectors("Sentence Transformers", comparisons)
 
 
+OWN_CODE = {
+    "qwen2": {"is_causal": False, "auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}},  # gte-Qwen2
+    "phi3": {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoTokenizer": "Xenova/gpt-4o",
+                          "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}}
+
+
 @pytest.mark.slow
-def test_an_export_of_gte_qwen2_gives_the_same_vectors_without_its_code(models, tmp_path):
-    """Its tokens attend to the whole text; Sentence Transformers loads Transformers' own class."""
-    shutil.copytree(models("qwen2"), tmp_path / "gte")
-    edit_config(tmp_path / "gte", is_causal=False, auto_map={"AutoModel": "modeling_qwen.Qwen2Model"})
-    hf_to_megatron(tmp_path / "gte", tmp_path / "megatron")
+@pytest.mark.parametrize("kind", OWN_CODE)
+def test_an_export_of_a_known_release_gives_the_same_vectors_without_its_code(models, kind, tmp_path):
+    """Sentence Transformers loads Transformers' own class."""
+    shutil.copytree(models(kind), tmp_path / "model")
+    edit_config(tmp_path / "model", **OWN_CODE[kind])
+    hf_to_megatron(tmp_path / "model", tmp_path / "megatron")
     *comparisons, _ = call("convert", "megatron-to-hf", tmp_path / "megatron", tmp_path / "export", "--format",
                            "sentence-transformers")
     assert_same_vectors("Sentence Transformers", comparisons)

@@ -217,6 +217,18 @@ def test_old_transformers_that_would_run_a_bidirectional_decoder_causally_is_tol
         assert not stock_runs_causally(model_shape(MINILM), True)
 
 
+@pytest.mark.parametrize("values", [
+    {"model_type": "t5", "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "vocab_size": 100},
+    {"model_type": "gemma3_text", "use_bidirectional_attention": True, "hidden_size": 32, "num_hidden_layers": 2,
+     "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 100, "max_position_embeddings": 64}],
+    ids=lambda values: values["model_type"])
+def test_old_transformers_runs_models_that_are_bidirectional_by_themselves(tmp_path, monkeypatch, values):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr(export, "version", lambda name: "5.0.0")
+    assert model_shape(tmp_path).bidirectional
+    assert not stock_runs_causally(model_shape(tmp_path))
+
+
 def test_bfloat16_run_resumes_bit_for_bit_and_tensorboard_holds_its_curve(model, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

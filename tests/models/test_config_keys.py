@@ -149,3 +149,15 @@ def test_null_means_what_it_means_in_transformers(tmp_path):
         assert model_shape(tmp_path).rotary_dim == expected
         factor = AutoConfig.from_pretrained(tmp_path).rope_parameters.get("partial_rotary_factor", 1.0)
         assert factor == (0.5 if expected else 1.0)
+
+
+def test_words_of_a_list_are_taken_as_they_are(tmp_path):
+    """Transformers strips those of a string alone, and computes nothing for one that it does not know."""
+    for words, expected in (("P2C | c2p", ["p2c", "c2p"]), (["p2c ", "c2p"], ["p2c ", "c2p"])):
+        (tmp_path / "config.json").write_text(json.dumps(values_of("deberta-v2") | {"pos_att_type": words}))
+        assert AutoConfig.from_pretrained(tmp_path).pos_att_type == expected
+        if isinstance(words, str):
+            model_shape(tmp_path)
+            continue
+        with pytest.raises(CheckpointError, match=r"pos_att_type = \['p2c ', 'c2p'\] .* is not supported"):
+            model_shape(tmp_path)

@@ -96,6 +96,14 @@ def test_is_causal_false_of_a_config_is_read_by_us_as_by_transformers(models, ex
     assert_close(directories, "1 rank", whole, DECODERS)
 
 
+def test_a_gemma_that_is_bidirectional_by_both_keys_has_transformers_wider_window(expected, tmp_path):
+    """Its mask then counts the token at the border of the window in."""
+    directory = save_family(tmp_path / "model", "EmbeddingGemma", is_causal=False)
+    states = {"both": expected_states(directory, texts())}
+    assert (states["both"] - expected["EmbeddingGemma"]).abs().max() > 0.05
+    assert_close({"both": directory}, "1 rank", states, ["both"])
+
+
 RELEASED = {
     "Llama 3.1": {"head_dim": 128, "rope_theta": 500000.0, "rope_scaling": {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
@@ -192,6 +200,20 @@ def test_missing_keys_mean_what_transformers_takes_them_for(family, tmp_path):
         None if family in ("llama", "qwen2", "glm", "glm4") else config.sliding_window)
 
 
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_longrope_of_either_kind_of_layers_bounds_the_texts(kind, tmp_path):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 48}
+    values = {"model_type": "modernbert", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4,
+              "intermediate_size": 48, "vocab_size": 103, "max_position_embeddings": 96,
+              "rope_parameters": {kind: rope}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert model_shape(tmp_path).longest_text == 48
+    edit_config(tmp_path, rope_parameters={kind: rope | {"short_factor": [1.0]}})
+    with pytest.raises(CheckpointError, match="short_factor has 1 numbers, but a head has 8"):
+        model_shape(tmp_path)
+
+
 GEMMA_CONFIGS = {
     "Gemma 2": ("gemma2", {}), "Gemma 2, no caps": ("gemma2", {
         "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 5.0e4,
@@ -200,6 +222,9 @@ GEMMA_CONFIGS = {
     "Gemma 3, as released": ("gemma3_text", {
         "rope_theta": 1.0e6, "rope_local_base_freq": 2.0e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 512, "sliding_window_pattern": 4, "num_key_value_heads": 1, "head_dim": 32}),
+    "Gemma 3, yarn": ("gemma3_text", {  # the length beside rope_scaling is not read in this family
+        "original_max_position_embeddings": 16, "head_dim": 32, "rope_theta": 100.0, "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8.0}}),
     "EmbeddingGemma": ("gemma3_text", {"use_bidirectional_attention": True, "sliding_window": 512, "layer_types": [
         *["sliding_attention"] * 5, "full_attention", "sliding_attention"]}),
 }
@@ -238,8 +263,13 @@ REFUSED = {
     "gemma3_text": [({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
                     ({"attention_bias": True}, "attention_bias = True is not supported"),
                     ({"use_bidirectional_attention": "all"}, "must be true or false"),
-                    ({"use_bidirectional_attention": True, "sliding_window": 1}, "sliding_window = 1 is not suppo")],
-    "phi3": [({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+                    ({"use_bidirectional_attention": True, "sliding_window": 1}, "sliding_window = 1 is not suppo"),
+                    ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling.type = 'linear' is not suppo"),
+                    ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False}}, "truncate = False is"),
+                    ({"rope_parameters": {"truncate": False}}, "truncate = False is not supported")],
+    "phi3": [({"rope_scaling": {"type": "yarn", "factor": 4.0, "short_factor": [1.0] * 4}}, "rope type 'yarn' is not"),
+             ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type 'linear' is not supported"),
+             ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
               "short_factor has 1 numbers, but a head has 4 rotary frequencies"),
              ({"partial_rotary_factor": 0.1}, "partial_rotary_factor = 0.1 must rotate an even number of the 8")],
     "nomic_bert": [({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported")],
@@ -249,6 +279,7 @@ REFUSED = {
               ({"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": "1"}}, "must be a list of numbers"),
               ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' without 'factor'"),
               ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+              ({"head_dim": 7}, "head_dim = 7 must be even"),
               ({"attention_bias": True}, "attention_bias = True with mlp_bias = False is not supported")],
     "qwen2": [({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
               ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .* is not supported")],
@@ -259,6 +290,8 @@ REFUSED = {
                 ({"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported")],
     "modernbert": [({"attention_bias": True}, "attention_bias = True is not supported"),
                    ({"layer_types": ["full_attention", "other"]}, "layer_types = .* must name full_attention or"),
+                   ({"hidden_size": 36}, "head_dim = 9 must be even"),
+                   ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling.type = 'linear' is not suppo"),
                    ({"local_attention": 1}, "local_attention = 1 is not supported"),
                    ({"rope_parameters": {"full_attention": [1]}}, "must be an object"),
                    ({"classifier_pooling": "max"}, "classifier_pooling = 'max' is not supported"),
@@ -293,6 +326,25 @@ def test_gte_qwen2_is_qwen2_whose_tokens_attend_to_the_whole_text(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(values | change))
         with pytest.raises(CheckpointError, match="auto_map asks for code"):
             model_shape(tmp_path)
+
+
+@pytest.mark.parametrize("family, prefix, config, model", [
+    ("phi3", "", "configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
+    ("phi3", "microsoft/Phi-3-mini-4k-instruct--", "configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"),
+    ("qwen2", "Alibaba-NLP/gte-Qwen2-1.5B-instruct--", "modeling_qwen.Qwen2Model", "modeling_qwen.Qwen2ForCausalLM"),
+    ("internlm2", "internlm/internlm2-1_8b--", "configuration_internlm2.InternLM2Config",
+     "modeling_internlm2.InternLM2ForCausalLM")])
+def test_releases_and_what_transformers_saves_of_them_are_known(tmp_path, family, prefix, config, model):
+    """All releases of Phi-3 and Phi-4-mini name code that Transformers does not take either, having its own class."""
+    code = {"AutoConfig": prefix + config, "AutoModelForCausalLM": prefix + model}
+    code |= {"AutoTokenizer": "Xenova/gpt-4o"} if family == "phi3" else {}
+    values = DECODER | {"model_type": family, "auto_map": code, "bias": False}
+    values |= {"is_causal": False} if family == "qwen2" else {}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert model_shape(tmp_path).family == family
+    edit_config(tmp_path, auto_map=code | {"AutoModel": f"someone/else--{model}"})
+    with pytest.raises(CheckpointError, match="auto_map asks for code"):
+        model_shape(tmp_path)
 
 
 def test_layers_that_do_not_divide_go_to_the_last_stages(models):

@@ -1,5 +1,7 @@
 """What `plan --gpus 1` and `init` say of one small GPU."""
 
+import json
+
 import pytest
 import yaml
 
@@ -29,6 +31,26 @@ def test_plan_compares_the_ways_to_train_eight_billion_parameters(capsys):
     assert "AdamW in host memory  fits:" in out
     _, out = plan(capsys, "--gpu", "24gb", "model.path=Qwen/Qwen3-32B")
     assert "QLoRA, nf4                            does not fit" in out
+
+
+@pytest.mark.parametrize("values, refused", [
+    ({"model_type": "nomic_bert"}, {"LoRA": "a nomic_bert model takes no adapters",
+                                    "QLoRA, nf4": "a nomic_bert model takes no adapters"}),
+    ({"model_type": "bert", "hidden_size": 780}, {"QLoRA, nf4": "hidden size 780 is not a multiple of 64"})],
+    ids=lambda value: value.get("model_type"))
+def test_a_way_that_a_model_does_not_have_is_told_from_one_that_does_not_fit(capsys, tmp_path, values, refused):
+    sizes = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072,
+             "vocab_size": 30528, "max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | values))
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: {tmp_path}}}\nobjective: {{loss: info_nce, temperature: 0.02}}\n"
+                    "data: {train: [rows.jsonl]}\ntraining: {global_batch_size: 64, micro_batch_size: 8, "
+                    "train_steps: 100}\ncheckpoint: {directory: runs/one}\n")
+    assert main(["plan", str(file), "--gpus", "1", "--gpu", "24gb"]) == 0
+    lines = capsys.readouterr().out.partition("On one GPU")[2].splitlines()[1:6]
+    reasons = {line.split("  ")[1]: line for line in lines}
+    assert all("refused: " in reasons[name] and words in reasons[name] for name, words in refused.items())
+    assert sum("fits: " in line for line in lines) == 5 - len(refused)
 
 
 def test_the_printed_settings_fit_as_they_are(capsys, tmp_path):

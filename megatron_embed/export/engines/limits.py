@@ -175,7 +175,7 @@ _TEI = (
     Limit(concerns=_is_decoder_reranker, cannot="has no classifier of a decoder",
           source="TEI 1.9.3, backends/candle/src/models/qwen3.rs: `classifier` model type is not supported",
           instead="serve the cross-encoder with vLLM or `megatron-embed serve`"),
-    Limit(concerns=lambda model: model.shape.rope_scaling is not None,
+    Limit(concerns=lambda model: bool(model.shape.rope_scalings),
           cannot="does not read `rope_parameters` that scale",
           source="TEI 1.9.3, backends/candle/src/layers/rotary.rs, RopeParameters",
           instead="serve it with vLLM"),
