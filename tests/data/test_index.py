@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from megatron_embed.config.data import DataConfig, TrainFile
-from megatron_embed.data import entry_index, index_parts, index_store
+from megatron_embed.data import entry_index, file_mapping, index_parts, index_store
 from megatron_embed.data.dataset import RecordSet, hold_out, open_records
 from megatron_embed.data.formats import FORMATS, RowReader
 from megatron_embed.data.index_store import IndexPlace
