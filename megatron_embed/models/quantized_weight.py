@@ -96,6 +96,8 @@ class QuantizedWeight:
         """
         per_byte = 1 if tensor.codes.dtype == torch.int8 else 2
         assert (tensor.codes.shape[0], tensor.codes.shape[1] * per_byte) == self.shape, "a share of another shape"
+        # bitsandbytes reads as many scales as the shape has blocks, whether they are there or not.
+        assert per_byte == 1 or tensor.scales.shape[1] * BLOCK == self.shape[1], "a share of broken blocks"
         self.codes, self.scales, self.nested = tensor.codes.contiguous(), tensor.scales.contiguous(), tensor.nested
         self.first_scales = tuple(first_scales)
 
