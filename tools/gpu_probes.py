@@ -116,8 +116,10 @@ def dropout(options: dict[str, Any]) -> Result:
 
     EmbeddingModel.forward = forward  # type: ignore[method-assign]
     # The rate is next to 0 and both steps have the same rows: without dropout, or with one seed, they would be equal.
+    # Every micro-batch goes through both passes: none is merged in the first, or kept from it.
     run(options, "training.hidden_dropout=0.1", f"training.attention_dropout={options['attention_dropout']}",
-        "training.train_steps=2", "training.warmup_steps=0", "training.learning_rate=1e-12")
+        "training.train_steps=2", "training.warmup_steps=0", "training.learning_rate=1e-12",
+        "training.keep_activations=0", "training.first_pass_micro_batches=1")
     first, second = ([output for graph, output in seen if graph == wanted] for wanted in (False, True))
     half = len(first) // 2
     replayed = sum(torch.equal(one, two) for one, two in zip(first, second, strict=True))
