@@ -16,6 +16,7 @@ from typing import Any
 
 from gpu_models import TOY_QWEN3, make_decoder, save_qwen3, shape_of_size, small_model, write_rows
 from gpu_runs import CURVE, DEMO, REPOSITORY, SAMPLE, STEPS, Machine, Table, reason_of
+from measurement import exit_on_signals
 
 sys.path.insert(0, str(REPOSITORY))
 FLOAT32, BFLOAT16 = 1e-3, 0.05
@@ -274,6 +275,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, metavar="DIR", help="encoder to use instead of all-MiniLM-L6-v2 or "
                         "random weights")
     arguments = parser.parse_args()
+    exit_on_signals()
     deadline = time.monotonic() + 60 * arguments.minutes
     import torch
     import transformers

@@ -70,6 +70,9 @@ class Machine:
                 self.failures.append(f"{' '.join(command[-2:])[:200]}: no end\n" + "\n".join(err.splitlines()[-30:]))
                 raise RuntimeError(f"no end after {self.limit:.0f} s") from error
             raise OutOfTimeError from error
+        except BaseException:  # Ctrl-C, or a signal of `exit_on_signals`
+            end_session(process)
+            raise
         return process.returncode, out, err
 
     def probe(self, name: str, **options: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -184,6 +185,27 @@ def test_a_command_ends_with_the_time(tool, tmp_path):
     with pytest.raises(tool.OutOfTimeError):
         machine.run(["sleep", "60"], {})
     assert time.monotonic() - started < 10
+
+
+def test_a_stopped_check_leaves_nothing_running(tmp_path):
+    """Not a trainer on the GPU either, that the next call would share it with."""
+    runs = f"""
+import sys, time
+sys.path.insert(0, {str(REPOSITORY / "tools")!r})
+from gpu_runs import Machine
+from measurement import exit_on_signals
+from pathlib import Path
+exit_on_signals()
+Machine(cuda=False, ranks=1, deadline=time.monotonic() + 60, folder=Path()).run(
+    ["sh", "-c", f'echo $$ > {tmp_path}/unfinished; mv {tmp_path}/unfinished {tmp_path}/run; sleep 60'], {{}})
+"""
+    process = subprocess.Popen([sys.executable, "-c", runs])
+    while not (tmp_path / "run").exists():
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "run").read_text(encoding="ascii")), 0)
 
 
 def test_curves_are_compared_relative_to_the_first_loss(tool):
