@@ -35,7 +35,9 @@ BASE = {
     "sliding_window": 32, "rope_scaling": {
         "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
         "original_max_position_embeddings": 32}}
-OF_FAMILY = {"modernbert": {"local_attention": 64}}
+OF_FAMILY = {"modernbert": {"local_attention": 64}, "phi3": {"rope_scaling": {
+    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4, "factor": 2.0,
+    "original_max_position_embeddings": 32}}}
 STRANGE = [10**9 * 10**9, 10**400, -1, 0, 1.5, 1e300, math.nan, math.inf, True, "7", [], [7], {}, {"a": 7}]
 
 
@@ -53,8 +55,8 @@ def test_strange_values_are_refused_by_name_or_are_of_no_consequence(monkeypatch
     for value in STRANGE:
         for key in BASE:
             assert_refused_or_same(shape_of(base | {key: value}, monkeypatch), key, usual)
-        for key in BASE["rope_scaling"]:
-            scaling = BASE["rope_scaling"] | {key: value}
+        for key in base["rope_scaling"]:
+            scaling = base["rope_scaling"] | {key: value}
             assert_refused_or_same(shape_of(base | {"rope_scaling": scaling}, monkeypatch), key, usual)
 
 
