@@ -51,11 +51,11 @@ def _tiles(pieces: tuple[tuple[int, int, int], ...], width: int) -> Iterator[lis
     tile: list[Piece] = []
     for text, first, last in pieces:
         while first < last:
-            room = most - (tile[-1].last - tile[0].first if tile else 0)
-            if tile and room < min(last - first, most):
+            left = most - (tile[-1].last - tile[0].first if tile else 0)
+            if tile and left < min(last - first, most):
                 yield tile
-                tile, room = [], most
-            stop = min(last, first + room)
+                tile, left = [], most
+            stop = min(last, first + left)
             tile.append(Piece(text, first, stop))
             first = stop
     if tile:

@@ -193,7 +193,7 @@ def test_dry_runs(stub, tmp_path):
 @pytest.mark.parametrize("sets", [
     ["checkpoint.export_at_end"], ["logging.directory"], ["checkpoint.export_at_end", "logging.directory"], []])
 def test_runs_of_an_array_share_no_output(tmp_path, script, options, sets):
-    """What the trainer makes of the very arguments that the array's tasks give it, and the doctor of them."""
+    """The trainer's reading of the very arguments that the array's tasks give it, and the doctor of them."""
     for name in ("a.yaml", "b.yaml"):
         (tmp_path / name).write_text("\n".join(["model: {path: m}", "data: {train: [rows.jsonl]}", *(
             f"{key.partition('.')[0]}: {{{key.partition('.')[2]}: {tmp_path / key}}}" for key in sets)]))

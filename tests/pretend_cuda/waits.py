@@ -1,4 +1,4 @@
-"""What makes the host wait for the device, counted by the line of the package that asked for it."""
+"""Waits of the host for the device, counted by the line of the package that asked for it."""
 
 import atexit
 import collections
