@@ -3,16 +3,19 @@
     python tools/precision_recipe.py --train train.jsonl --beir squad11_en/beir --beir covid_faq_en/beir --seeds 1 2 3
 
 Every run has the same rows, schedule and initial model (--model, default all-MiniLM-L6-v2); a seed decides the order of
-the rows. Results are appended to --results, one line for each run and set; what is there is not computed again.
-Intervals are bootstraps over the queries, each query's value the mean over the seeds. Exit status 1 if a goal is
+the rows. --widths adds runs with `embedding.embedding_dim`; before training, such a model is the initial one behind the
+new layer's first weights. Results are appended to --results, one line for each run and set; what is there is not
+computed again. Intervals are bootstraps over the queries, each query's value the mean over the seeds. Exit status 1 if a goal is
 missed: of float32's nDCG@10, binary vectors (32 times smaller) keep 96 % by Hamming distance and 99 % rescored.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from small_models import packaged_model
+from torch import Tensor
 
 import megatron_embed
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.retrieval import Rankings, evaluate_queries
+from megatron_embed.models.dense import semi_orthogonal
+from megatron_embed.names import Role
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "before training": None, "float32": {},
@@ -42,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--beir", required=True, action="append", help="BEIR folder with a test split")
     parser.add_argument("--results", default="precision_results.jsonl", help="file that results are appended to")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--widths", type=int, nargs="+", default=[0], help="numbers of a vector; 0: the model's own")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--query-length", type=int, default=32, help="tokens")
@@ -55,13 +62,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(arm: str, seed: int, model: str, arguments: argparse.Namespace, folder: Path) -> str:
+def train(arm: str, width: int, seed: int, model: str, arguments: argparse.Namespace, folder: Path) -> str:
     """The directory of the trained model, or of the initial one."""
     settings = ARMS[arm]
     if settings is None:
         return model
     megatron_embed.train({
-        "model": {"path": model, "dtype": "float32"}, "embedding": settings.get("embedding", {}),
+        "model": {"path": model, "dtype": "float32"},
+        "embedding": {**settings.get("embedding", {}), **({"embedding_dim": width} if width else {})},
         "objective": {"loss": "info_nce", "temperature": arguments.temperature, "mask_duplicates": True,
                       **settings.get("objective", {})},
         "data": {"train": [str(Path(arguments.train).resolve())], "query_max_length": arguments.query_length,
@@ -74,12 +82,16 @@ def train(arm: str, seed: int, model: str, arguments: argparse.Namespace, folder
     return str(folder)
 
 
-def evaluate(model: str, beir: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """nDCG@10 of every query, by the prefix of the ranking."""
+def evaluate(model: str, beir: str, new_layer: Tensor | None, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """nDCG@10 of every query, by the prefix of the ranking; `new_layer`: a matrix to multiply vectors by."""
     encode = megatron_embed.load(model, max_length=arguments.max_length).encode
-    rows = evaluate_queries(lambda texts, role: torch.from_numpy(encode(list(texts), role)), load_beir(beir),
-                            rankings=Rankings(dims=tuple(arguments.dims), candidates=arguments.candidates,
-                                              precisions=PRECISIONS))
+
+    def embed(texts: Sequence[str], role: Role) -> Tensor:
+        vectors = torch.from_numpy(encode(list(texts), role))
+        return vectors if new_layer is None else torch.nn.functional.normalize(vectors @ new_layer.T)
+
+    rows = evaluate_queries(embed, load_beir(beir), rankings=Rankings(
+        dims=tuple(arguments.dims), candidates=arguments.candidates, precisions=PRECISIONS))
     names = [name for name in next(iter(rows.values())) if name == METRIC or name.endswith(f"/{METRIC}")]
     return {name.removesuffix(METRIC): [round(row[name], 6) for row in rows.values()] for name in names}
 
@@ -89,22 +101,27 @@ def run_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     file = Path(arguments.results)
     results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     model = str(Path(arguments.model or packaged_model()).resolve())
-    for seed in arguments.seeds:
-        for arm in arguments.arms:
-            own_seed = 0 if ARMS[arm] is None else seed
-            done = {result["set"] for result in results if (result["arm"], result["seed"]) == (arm, own_seed)}
-            missing = [beir for beir in arguments.beir if name_of(beir) not in done]
-            if not missing:
-                continue
-            started = time.monotonic()
-            with tempfile.TemporaryDirectory() as temporary:
-                trained = train(arm, seed, model, arguments, Path(temporary) / "run")
-                for beir in missing:
-                    results.append({"arm": arm, "seed": own_seed, "set": name_of(beir),
-                                    "ndcg@10": evaluate(trained, beir, arguments)})
-                    with file.open("a", encoding="utf-8") as lines:
-                        lines.write(json.dumps(results[-1]) + "\n")
-            print(f"{arm}, seed {own_seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    for seed, width, arm in itertools.product(arguments.seeds, arguments.widths, arguments.arms):
+        untrained = ARMS[arm] is None
+        own_seed = 0 if untrained and not width else seed
+        done = {result["set"] for result in results
+                if (result["arm"], result["width"], result["seed"]) == (arm, width, own_seed)}
+        missing = [beir for beir in arguments.beir if name_of(beir) not in done]
+        if not missing:
+            continue
+        started = time.monotonic()
+        new_layer = None
+        if untrained and width:
+            own_width = megatron_embed.load(model).dim
+            new_layer = semi_orthogonal(width, own_width, torch.Generator().manual_seed(seed))
+        with tempfile.TemporaryDirectory() as temporary:
+            trained = train(arm, width, seed, model, arguments, Path(temporary) / "run")
+            for beir in missing:
+                results.append({"arm": arm, "width": width, "seed": own_seed, "set": name_of(beir),
+                                "ndcg@10": evaluate(trained, beir, new_layer, arguments)})
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(results[-1]) + "\n")
+        print(f"{arm}, width {width}, seed {own_seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return results
 
 
@@ -114,10 +131,10 @@ def name_of(beir: str) -> str:
     return folder.parent.name if folder.name == "beir" else folder.name
 
 
-def by_query(results: list[dict[str, Any]], arm: str, name: str, prefix: str) -> NDArray[np.float64]:
+def by_query(results: list[dict[str, Any]], arm: str, width: int, name: str, prefix: str) -> NDArray[np.float64]:
     """[seeds, queries] of a ranking."""
     return np.array([result["ndcg@10"][prefix] for result in results
-                     if (result["arm"], result["set"]) == (arm, name)])
+                     if (result["arm"], result["width"], result["set"]) == (arm, width, name)])
 
 
 def retained(part: NDArray[np.float64], whole: NDArray[np.float64], draws: int = 5000) -> tuple[float, float, float]:
@@ -130,13 +147,14 @@ def retained(part: NDArray[np.float64], whole: NDArray[np.float64], draws: int =
 
 def table(results: list[dict[str, Any]], arguments: argparse.Namespace) -> tuple[list[str], bool]:
     """(lines of the table, whether the goals are met by the runs with precisions)."""
-    lines, met = ["| set | model | seeds | float32 | int8 | binary | rescore | binary / own float32 | rescore / own "
-                  "float32 | binary / float32 run's | rescore / float32 run's |", "|" + "---|" * 11], True
-    for beir in arguments.beir:
+    lines, met = ["| set | width | model | seeds | float32 | int8 | binary | rescore | binary / own float32 | rescore "
+                  "/ own float32 | binary / float32 run's | rescore / float32 run's |", "|" + "---|" * 12], True
+    for beir, width in itertools.product(arguments.beir, arguments.widths):
         name = name_of(beir)
-        plain = by_query(results, "float32", name, "")
+        plain = by_query(results, "float32", width, name, "")
         for arm in arguments.arms:
-            own = {prefix: by_query(results, arm, name, prefix) for prefix in ("", *(f"{p}/" for p in PRECISIONS))}
+            own = {prefix: by_query(results, arm, width, name, prefix)
+                   for prefix in ("", *(f"{p}/" for p in PRECISIONS))}
             cells = [f"{values.mean():.4f}" for values in own.values()]
             for whole in (own[""], plain):
                 for precision, goal in GOALS.items():
@@ -146,7 +164,7 @@ def table(results: list[dict[str, Any]], arguments: argparse.Namespace) -> tuple
                     ratio, low, high = retained(own[f"{precision}/"].mean(axis=0), whole.mean(axis=0))
                     cells.append(f"{100 * ratio:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
                     met = met and (arm != "precisions" or ratio >= goal)
-            lines.append(f"| {name} | {arm} | {len(own[''])} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {width or 'own'} | {arm} | {len(own[''])} | " + " | ".join(cells) + " |")
     return lines, met
 
 

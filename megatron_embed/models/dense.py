@@ -91,12 +91,23 @@ class DenseModules(torch.nn.Sequential):
 
 @torch.no_grad()
 def initialize_dense(modules: DenseModules, seed: int) -> None:
-    """New weights as torch's Linear has them, uniform within 1 / sqrt(inputs), biases 0; equal in every layout."""
+    """New weights as `semi_orthogonal` draws them, biases 0; equal in every layout."""
     for index, layer in enumerate(modules.layers()):
-        bound = layer.settings.in_features**-0.5
         for name, parameter in layer.named_parameters():
             generator = torch.Generator().manual_seed(seed + zlib.crc32(f"dense.{index}.{name}".encode()))
-            whole = torch.zeros(layer.settings.shapes[name])
-            if name == "weight":
-                whole.uniform_(-bound, bound, generator=generator)
+            shape = layer.settings.shapes[name]
+            whole = semi_orthogonal(*shape, generator) if name == "weight" else torch.zeros(shape)
             parameter.copy_(layer.own_rows(whole))
+
+
+def semi_orthogonal(outputs: int, inputs: int, generator: torch.Generator) -> Tensor:
+    """A random [outputs, inputs] float32 matrix whose columns are orthonormal, or the rows if there are fewer of them.
+
+    So a wider layer keeps all dot products of its inputs, and a narrower one is a random projection onto a subspace,
+    which keeps them on average (Saxe et al. 2014, arXiv 1312.6120; torch.nn.init.orthogonal_). Values are multiples of
+    2^-16, so that processors whose factorizations differ in the last bits give equal ones.
+    """
+    drawn = torch.randn(max(outputs, inputs), min(outputs, inputs), generator=generator, dtype=torch.float64)
+    orthonormal, triangle = torch.linalg.qr(drawn)
+    orthonormal = torch.round(orthonormal * torch.sign(torch.diagonal(triangle)) * 2**16) / 2**16
+    return (orthonormal if outputs >= inputs else orthonormal.T).float()
