@@ -5,8 +5,9 @@
 Every run has the same rows, schedule and initial model (--model, default all-MiniLM-L6-v2); a seed decides the order of
 the rows. --widths adds runs with `embedding.embedding_dim`; before training, such a model is the initial one behind the
 new layer's first weights. Results are appended to --results, one line for each run and set; what is there is not
-computed again. Intervals are bootstraps over the queries, each query's value the mean over the seeds. Exit status 1 if a goal is
-missed: of float32's nDCG@10, binary vectors (32 times smaller) keep 96 % by Hamming distance and 99 % rescored.
+computed again. Intervals are bootstraps over the queries, each query's value the mean over the seeds. Exit status 1 if
+a goal is missed: of float32's nDCG@10, binary vectors (32 times smaller) keep 96 % by Hamming distance and 99 %
+rescored.
 """
 
 import argparse
@@ -29,14 +30,14 @@ import megatron_embed
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.retrieval import Rankings, evaluate_queries
 from megatron_embed.models.dense import semi_orthogonal
-from megatron_embed.names import Role
+from megatron_embed.names import Role, SearchPrecision
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "before training": None, "float32": {},
     "precisions": {"embedding": {"precision": ["float32", "int8", "binary"]},
                    "objective": {"precision_weights": [1.0, 0.25, 1.0]}}}
 """Settings of each kind of run; None: the initial model."""
-PRECISIONS = ("int8", "binary", "rescore")
+PRECISIONS: tuple[SearchPrecision, ...] = ("int8", "binary", "rescore")
 GOALS = {"binary": 0.96, "rescore": 0.99}
 METRIC = "ndcg@10"
 
@@ -82,13 +83,16 @@ def train(arm: str, width: int, seed: int, model: str, arguments: argparse.Names
     return str(folder)
 
 
-def evaluate(model: str, beir: str, new_layer: Tensor | None, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """nDCG@10 of every query, by the prefix of the ranking; `new_layer`: a matrix to multiply vectors by."""
+def evaluate(model: str, beir: str, new_width: int, seed: int, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """nDCG@10 of every query, by the prefix of the ranking; `new_width`: behind a new layer of so many numbers."""
     encode = megatron_embed.load(model, max_length=arguments.max_length).encode
 
     def embed(texts: Sequence[str], role: Role) -> Tensor:
         vectors = torch.from_numpy(encode(list(texts), role))
-        return vectors if new_layer is None else torch.nn.functional.normalize(vectors @ new_layer.T)
+        if new_width:
+            new_layer = semi_orthogonal(new_width, vectors.shape[1], torch.Generator().manual_seed(seed))
+            vectors = torch.nn.functional.normalize(vectors @ new_layer.T)
+        return vectors
 
     rows = evaluate_queries(embed, load_beir(beir), rankings=Rankings(
         dims=tuple(arguments.dims), candidates=arguments.candidates, precisions=PRECISIONS))
@@ -110,15 +114,12 @@ def run_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if not missing:
             continue
         started = time.monotonic()
-        new_layer = None
-        if untrained and width:
-            own_width = megatron_embed.load(model).dim
-            new_layer = semi_orthogonal(width, own_width, torch.Generator().manual_seed(seed))
+        new_width = width if untrained else 0  # a trained model has the layer
         with tempfile.TemporaryDirectory() as temporary:
             trained = train(arm, width, seed, model, arguments, Path(temporary) / "run")
             for beir in missing:
                 results.append({"arm": arm, "width": width, "seed": own_seed, "set": name_of(beir),
-                                "ndcg@10": evaluate(trained, beir, new_layer, arguments)})
+                                "ndcg@10": evaluate(trained, beir, new_width, seed, arguments)})
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(results[-1]) + "\n")
         print(f"{arm}, width {width}, seed {own_seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)

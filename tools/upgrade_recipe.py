@@ -5,8 +5,8 @@
 
 The old model is --model (default: all-MiniLM-L6-v2); all runs of a seed begin from it and have the same rows, order and
 schedule. `re-indexed` trains as usual, and the new model embeds the documents again; `as usual, old index` is the same
-model over the documents of the old one, `mapped` over these after `migrate` (fitted on the training texts, of which the
-searched documents are none). `compatible` trains with objective.compatible_with, `query side` with
+model over the documents of the old one, `mapped` over these after `migrate` (fitted on the texts of --train, of which
+the searched documents are none). `compatible` trains with objective.compatible_with, `query side` with
 training.query_side_only, and both search the old index. Results are appended, a row per seed.
 """
 
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--query-length", type=int, default=32, help="tokens")
     parser.add_argument("--document-length", type=int, default=180, help="tokens")
     parser.add_argument("--encoded-length", type=int, default=256, help="tokens of a text that is searched")
-    parser.add_argument("--pairs", type=int, default=20000, help="training texts that the map is fitted on, at most")
+    parser.add_argument("--pairs", type=int, default=20000, help="texts of --train that the map is fitted on, at most")
     parser.add_argument("--learning-rate", type=float, default=1.0e-4)
     parser.add_argument("--compatible-weight", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -100,8 +100,9 @@ class Recipe:
         self.old = str(Path(arguments.model or packaged_model()).resolve())
         self.beir = part_of(Path(arguments.beir), folder / "beir", arguments.queries, arguments.documents)
         self.texts = folder / "texts.jsonl"
-        lines = spread(Path(arguments.train).read_text(encoding="utf-8").splitlines(), arguments.rows)
-        self.train_file, rows = folder / "train.jsonl", [json.loads(line) for line in lines]
+        all_lines = Path(arguments.train).read_text(encoding="utf-8").splitlines()
+        self.train_file, rows = folder / "train.jsonl", [json.loads(line) for line in all_lines]
+        lines = spread(all_lines, arguments.rows)
         self.train_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         texts = dict.fromkeys([*(text for row in rows for text in row["positive"]), *(row["query"] for row in rows)])
         self.texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
