@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from beir_parts import add_options, part_of, spread
+from numpy.typing import NDArray
 from small_models import packaged_model
 from torch import Tensor
 
