@@ -138,6 +138,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default=str(ROOT / "docs" / "exactness.md"))
     parser.add_argument("--only", default="", help="only cases whose name contains this; nothing is written")
+    parser.add_argument("--sections", nargs="+", default=[], metavar="TITLE", help="write only the sections whose title "
+                        "contains one of these, and keep the others of the page, with their dates")
     return parser.parse_args()
 
 
@@ -208,6 +210,16 @@ def curves(folder: Path) -> tuple[str, bool]:
     return "\n".join(lines), all(gap <= CURVE_BOUND for gap in gaps.values())
 
 
+def sections_of(page: str) -> dict[str, str]:
+    """Text of a page by the titles of its sections; that before the first one by an empty title."""
+    first, *others = page.split("\n## ")
+    return {"": first + "\n", **{part.split("\n", 1)[0]: f"## {part.rstrip()}\n\n" for part in others}}
+
+
+def title_of(introduction: str) -> str:
+    return introduction.split("\n", 1)[0].removeprefix("## ")
+
+
 def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
@@ -215,28 +227,45 @@ def main() -> int:
         ("## Gradients\n\n", [*all_cases(), *stored_cases()]), (MULTI_VECTOR_INTRODUCTION, multi_vector_cases()),
         (SPARSE_INTRODUCTION, sparse_cases()), (JOINT_INTRODUCTION, joint_cases()),
         (OTHERS_INTRODUCTION, other_model_cases()), (FLASH_INTRODUCTION, flash_cases()))]
-    reason = reason_against() if sections[-1][1] else None
+    titles = [*(title_of(introduction) for introduction, _ in sections), "Loss curves"]
+    wanted = [title for title in titles
+              if not arguments.sections or any(part.lower() in title.lower() for part in arguments.sections)]
+    if not wanted:
+        sys.exit(f"--sections {' '.join(arguments.sections)}: no section is called so; there are {', '.join(titles)}")
+    sections = [(introduction, cases) for introduction, cases in sections if title_of(introduction) in wanted]
+    flash = [case for introduction, cases in sections if introduction == FLASH_INTRODUCTION for case in cases]
+    reason = reason_against() if flash else None
     if reason is not None:
-        sys.exit(f"no pretend device for the {len(sections[-1][1])} cases by flash kernels: {reason}")
+        sys.exit(f"no pretend device for the {len(flash)} cases by flash kernels: {reason}")
+    page = sections_of(Path(arguments.output).read_text(encoding="utf-8")) if arguments.sections else {}
+    page[""] = INTRODUCTION.format(bound=BOUND, loss_bound=LOSS_BOUND)
+    exact = True
+    results: list[tuple[Case, Outcome]] = []
     with tempfile.TemporaryDirectory() as name:
         oracle = EmbeddingReference(Path(name))
-        tables = [(introduction, run_cases(oracle, cases)) for introduction, cases in sections]
-        results = [result for _, part in tables for result in part]
-        exact = all(outcome.exact for _, outcome in results)
-        if not arguments.only:
+        for introduction, cases in sections:
+            part = run_cases(oracle, cases)
+            exact = exact and all(outcome.exact for _, outcome in part)
+            if part:
+                page[title_of(introduction)] = f"{introduction}{summary_of(part)}.\n\n{table(part)}\n\n"
+            results += part
+        if not arguments.only and "Loss curves" in wanted:
             oracle.make_model("qwen3")
             curve_table, agree = curves(Path(name))
             exact = exact and agree
+            page["Loss curves"] = (f"## Loss curves\n\nQwen3, {CURVE_STEPS} steps of AdamW (learning rate 1e-3) on the "
+                                   f"same rows, 16 queries per step; bound {CURVE_BOUND:g}.\n\n{curve_table}\n")
     shutdown_ranks()
     shutdown_pretend_ranks()
-    print(f"{summary_of(results)}; {(time.monotonic() - started) / 60:.0f} minutes; "
-          f"{'all exact' if exact else 'NOT EXACT'}")
+    if results:
+        print(summary_of(results), end="; ")
+    print(f"{(time.monotonic() - started) / 60:.0f} minutes; {'all exact' if exact else 'NOT EXACT'}")
     if not arguments.only and exact:
-        page = (INTRODUCTION.format(bound=BOUND, loss_bound=LOSS_BOUND) +
-                "".join(f"{introduction}{summary_of(part)}.\n\n{table(part)}\n\n" for introduction, part in tables) +
-                f"## Loss curves\n\nQwen3, {CURVE_STEPS} steps of AdamW (learning rate 1e-3) on the same rows, 16 "
-                f"queries per step; bound {CURVE_BOUND:g}.\n\n{curve_table}\n")
-        Path(arguments.output).write_text(page, encoding="utf-8")
+        missing = [title for title in ("", *titles) if title not in page]
+        if missing:
+            sys.exit(f"{arguments.output} lacks the sections {', '.join(missing)}: nothing is written; run them too")
+        Path(arguments.output).write_text("".join(page[title] for title in ("", *titles)).rstrip() + "\n",
+                                          encoding="utf-8")
     return 0 if exact else 1
 
 

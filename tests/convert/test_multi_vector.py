@@ -1,7 +1,9 @@
 """Multi-vector directories through conversion and back, in Sentence Transformers' layout and in PyLate's."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -87,6 +89,47 @@ def test_directories_there_and_back(tmp_path):
     assert_close(ours["foreign"], expected["foreign"])
     hf_to_megatron(tmp_path / "pylate", tmp_path / "again")
     assert_bit_equal(tensors_of(tmp_path / "again" / "hf"), tensors_of(tmp_path / "checkpoint" / "hf"))
+
+
+ENCODE_IN_PYLATE = """
+import json, sys
+from pylate import models
+
+texts, names = json.loads(sys.stdin.read())
+found = {}
+for name, directory in names.items():
+    model = models.ColBERT(directory, device="cpu")
+    found[name] = {role: [row.tolist() for row in model.encode(texts, is_query=role == "query", batch_size=1,
+                                                               show_progress_bar=False)]
+                   for role in ("query", "document")}
+    model.save(directory + "-saved")
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PYLATE_PYTHON" not in os.environ, reason="PyLate has an environment of its own: "
+                    "docs/multi_vector.md")
+def test_pylate_itself_reads_an_export_and_its_directories_are_read(tmp_path):
+    """The second directory's query prefix is a word, which PyLate makes a token of its own before it saves."""
+    source = add_token_modules(save_directory(tmp_path / "source", kind="bert"), "colbert")
+    change(source / "sentence_bert_config.json", query_expansion={
+        "strategy": "fixed", "attend": False, "token": None, "length": 14})
+    hf_to_megatron(source, tmp_path / "checkpoint")
+    ((code, _, err, *_),) = run_on_ranks(command, 1, [
+        "convert", "megatron-to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "pylate"), "--format", "pylate"])
+    assert code == 0, err
+    directories = {"pylate": str(tmp_path / "pylate"), "foreign": str(pylate_directory(tmp_path / "foreign"))}
+    finished = subprocess.run([os.environ["PYLATE_PYTHON"], "-c", ENCODE_IN_PYLATE], text=True, capture_output=True,
+                              input=json.dumps([TEXTS, directories]), check=False, timeout=600,
+                              env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+    assert finished.returncode == 0, finished.stderr
+    theirs = json.loads(finished.stdout.splitlines()[-1])
+    read = {"pylate": directories["pylate"], **{f"{name}-saved": f"{at}-saved" for name, at in directories.items()}}
+    (ours,) = run_on_ranks(vectors_of, 1, read)
+    for name in read:
+        expected = theirs[name.removesuffix("-saved")]
+        assert_close(ours[name], {role: [np.array(row) for row in rows] for role, rows in expected.items()})
 
 
 REFUSED = {
