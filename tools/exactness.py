@@ -138,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default=str(ROOT / "docs" / "exactness.md"))
     parser.add_argument("--only", default="", help="only cases whose name contains this; nothing is written")
-    parser.add_argument("--sections", nargs="+", default=[], metavar="TITLE", help="write only the sections whose title "
+    parser.add_argument("--sections", nargs="+", default=[], metavar="TITLE", help="run only the sections whose title "
                         "contains one of these, and keep the others of the page, with their dates")
     return parser.parse_args()
 
