@@ -64,6 +64,12 @@ def command(*arguments: str) -> str:
     return printed.getvalue()
 
 
+def texts_of(lines: Sequence[str]) -> list[str]:
+    """Different positives and queries of rows."""
+    rows = [json.loads(line) for line in lines]
+    return list(dict.fromkeys(text for row in rows for text in (*row["positive"], row["query"])))
+
+
 class Recipe:
     """The commands of one data set, in a folder."""
 
@@ -72,11 +78,11 @@ class Recipe:
         self.old = str(Path(arguments.model or packaged_model()).resolve())
         self.beir = part_of(Path(arguments.beir), folder / "beir", arguments.queries, arguments.documents)
         self.texts = folder / "texts.jsonl"
-        all_lines = Path(arguments.train).read_text(encoding="utf-8").splitlines()
-        self.train_file, rows = folder / "train.jsonl", [json.loads(line) for line in all_lines]
-        lines = spread(all_lines, arguments.rows)
-        self.train_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        texts = dict.fromkeys([*(text for row in rows for text in row["positive"]), *(row["query"] for row in rows)])
+        lines = Path(arguments.train).read_text(encoding="utf-8").splitlines()
+        chosen = spread(lines, arguments.rows)
+        self.train_file = folder / "train.jsonl"
+        self.train_file.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+        texts = dict.fromkeys([*texts_of(chosen), *spread(texts_of(lines), arguments.pairs)])
         self.texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
     def encode(self, model: str, file: str, name: str) -> str:
