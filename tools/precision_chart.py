@@ -33,15 +33,15 @@ class Point(NamedTuple):
 
 def points_of(results: Iterable[dict], name: str, full: int) -> list[Point]:
     """The marks of a set."""
-    values: dict[tuple[str, str], list[float]] = {}
+    values: dict[tuple[str, int, str], list[float]] = {}
     for result in results:
         if result["set"] == name:
             for prefix, queries in result["ndcg@10"].items():
-                values.setdefault((result["arm"], prefix), []).append(float(np.mean(queries)))
+                values.setdefault((result["arm"], result["width"] or full, prefix), []).append(float(np.mean(queries)))
     points = []
-    for (arm, prefix), means in values.items():
+    for (arm, whole, prefix), means in values.items():
         cut, _, rest = prefix.partition("/") if prefix.startswith("dim_") else ("", "", prefix)
-        width = int(cut.removeprefix("dim_")) if cut else full
+        width = int(cut.removeprefix("dim_")) if cut else whole
         points.append(Point(arm, rest, width, width * BITS[rest] / 8, float(np.mean(means))))
     return sorted(points, key=lambda point: (point.bytes, -point.ndcg))
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("results", help="file that tools/precision_recipe.py has written")
     parser.add_argument("output", help="SVG file")
     parser.add_argument("--set", required=True, help="name of the set in the results")
-    parser.add_argument("--full", type=int, default=384, help="components of a whole vector")
+    parser.add_argument("--full", type=int, default=384, help="components of the vector of a model without a new layer")
     arguments = parser.parse_args()
     results = [json.loads(line) for line in Path(arguments.results).read_text(encoding="utf-8").splitlines()]
     points = points_of(results, arguments.set, arguments.full)
