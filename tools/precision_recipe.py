@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[0], help="numbers of a vector; 0: the model's own")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--num-negatives", type=int, default=0, help="hard negatives of a query, in training")
     parser.add_argument("--query-length", type=int, default=32, help="tokens")
     parser.add_argument("--document-length", type=int, default=96, help="tokens, in training")
     parser.add_argument("--learning-rate", type=float, default=1.0e-4)
@@ -80,7 +81,7 @@ def train(arm: str, width: int, seed: int, model: str, arguments: argparse.Names
         "embedding": {**settings.get("embedding", {}), **({"embedding_dim": width} if width else {})},
         "objective": {"loss": "info_nce", "temperature": arguments.temperature, "mask_duplicates": True,
                       **settings.get("objective", {})},
-        "data": {"train": [str(file) for file in files], "query_max_length": arguments.query_length,
+        "data": {"train": [str(file) for file in files], "num_negatives": arguments.num_negatives, "query_max_length": arguments.query_length,
                  "document_max_length": arguments.document_length, "index_directory": "none"},
         "training": {"global_batch_size": arguments.batch_size, "micro_batch_size": arguments.batch_size,
                      "train_steps": arguments.steps, "learning_rate": arguments.learning_rate, "warmup_ratio": 0.1,
