@@ -28,7 +28,8 @@ class EmptyTextError(UserError, ValueError):
     def __init__(self, row: int, name: str, text: str) -> None:
         """`row`: index of the text among those that were passed, from 0; `name`: what the message calls the text."""
         self.row, self.name, self.text = row, name, text
-        super().__init__(f"{name}: the text {text[:40]!r} has no tokens in this tokenizer; remove it, or choose a "
+        super().__init__(f"{name}: the text {text[:40]!r} has no tokens in this tokenizer, or only ones of the skip "
+                         "list of a multi-vector model; remove it, or, where a text gives one vector, choose a "
                          "pooling that adds an EOS (lasttoken)")
 
     def __reduce__(self) -> tuple[type["EmptyTextError"], tuple[int, str, str]]:

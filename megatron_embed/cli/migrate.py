@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", metavar="FILE.jsonl", type=path,
                         help='With --model: the texts of --old, rows {"text": ..., "title"?: ...} in its order '
                              "(default: the corpus of --data)")
-    parser.add_argument("--max-pairs", type=positive_int, default=20000, metavar="N",
+    parser.add_argument("--max-pairs", type=positive_int, metavar="N",
                         help="Number of texts to sample, of which a tenth is held out to choose the map and a tenth to "
                              "measure it (default: 20000)")
-    parser.add_argument("--kind", choices=("auto", *MAP_KINDS), default="auto",
+    parser.add_argument("--kind", choices=("auto", *MAP_KINDS),
                         help="Kind of the map: a rotation (orthogonal Procrustes), least squares with an offset and a "
                              "ridge, or a small network; auto: the best of them (default: auto)")
     parser.add_argument("--data", metavar="BEIR_DIR", type=path,
@@ -72,6 +72,10 @@ def check_options(args: argparse.Namespace) -> None:
         if value is not None and args.model is None:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: has no effect without --model, the new model; add that, or leave it out",
+                              key=option)
+    for option, value in (("--kind", args.kind), ("--max-pairs", args.max_pairs)):
+        if value is not None and args.map is not None:
+            raise ConfigError(f"{option} {value}: has no effect with --map, which is fitted already; leave it out",
                               key=option)
     if args.model is not None and args.pairs is None and args.data is None:
         raise ConfigError(f"--model {args.model}: which texts are the vectors of --old of? Name their file in --pairs",

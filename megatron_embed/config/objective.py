@@ -154,6 +154,10 @@ class ObjectiveConfig:
         """Kind of training rows: a query with its documents, or a pair with a score."""
         return "pairs" if self.loss in LABELLED_PAIRS else "contrastive"
 
+    def takes(self, key: str) -> bool:
+        """Whether a setting of this section has an effect with the loss."""
+        return self.loss in _TAKEN_BY.get(key, (self.loss,))
+
     @property
     def needs_teacher_scores(self) -> bool:
         """Whether each row must have a teacher's scores."""
@@ -186,9 +190,9 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         values = vars(self)
         for field in dataclasses.fields(self):
-            losses, value = _TAKEN_BY.get(field.name), values[field.name]
-            require(losses is None or self.loss in losses or value == field.default, f"objective.{field.name}", value,
-                    f"has no effect with loss = {self.loss!r}, only with {', '.join(losses or ())}; remove it")
+            losses, value = _TAKEN_BY.get(field.name, ()), values[field.name]
+            require(self.takes(field.name) or value == field.default, f"objective.{field.name}", value,
+                    f"has no effect with loss = {self.loss!r}, only with {', '.join(losses)}; remove it")
         for key in ("temperature", "teacher_temperature"):
             value = getattr(self, key)
             require(value is None or value > 0, f"objective.{key}", value, "must be > 0; usual: 0.01 to 0.1")

@@ -356,7 +356,8 @@ def _capacity(num_queries: int, documents: DocumentsPerQuery) -> Capacity:
 def _refuse_empty(rows: TokenizedRows, texts: Sequence[str], records: Sequence[Record]) -> None:
     for ids, text, record in zip(rows.token_ids, texts, records, strict=True):
         if not ids:
-            raise DataError(f"{record.source}: the text {text[:40]!r} has no tokens in this tokenizer; remove the row")
+            raise DataError(f"{record.source}: the text {text[:40]!r} has no tokens in this tokenizer, or "
+                            "only ones of the skip list of a multi-vector model; remove the row")
 
 
 def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokenizer, packing: PackingSpec, *,

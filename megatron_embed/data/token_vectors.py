@@ -69,7 +69,7 @@ class TokenVectors:
             token = tokenizer.convert_tokens_to_ids(expansion.token)
             token = None if token == unknown and expansion.token != tokenizer.unk_token else token
         if token is None:
-            named = "a mask or EOS token" if expansion.token is None else shortened(expansion.token)
+            named = "mask or EOS token" if expansion.token is None else shortened(expansion.token)
             raise CheckpointError(f"{model_dir}: its tokenizer has no {named} to expand queries with; set "
                                   "embedding.query_expansion to 0, or take a model whose tokenizer has one")
         self._token = token

@@ -52,11 +52,22 @@ def ranges_of_documents(encoder: TextEncoder, records: RecordSet, dims: Sequence
 
     Called by all ranks. `unit_length`: truncated vectors are scaled to unit length again.
     """
-    texts = list(dict.fromkeys(document for _, document in sample_rows(records, CALIBRATION_VECTORS)))
-    vectors = encoder.encode(texts, "document")
+    vectors = encoder.encode(sample_documents(records, CALIBRATION_VECTORS), "document")
     similarity: Similarity = "cosine" if unit_length else "dot"
     return {width: ranges_of(for_similarity(vectors[:, :width], similarity))
             for width in dict.fromkeys((encoder.dim, *dims))}
+
+
+def sample_documents(records: RecordSet, most: int) -> list[str]:
+    """Up to `most` different documents of rows evenly spaced over the records, as many of each row; one of each, in
+    turn, where there are more rows."""
+    count = min(len(records), most)
+    texts: dict[str, None] = {}
+    for index in range(count):
+        documents = _documents(records[index * len(records) // count])
+        chosen = range(index, index + min(len(documents), most // count))
+        texts |= dict.fromkeys(documents[place % len(documents)] for place in chosen)
+    return list(texts)
 
 
 def sample_rows(records: RecordSet, most: int = CALIBRATION_ROWS) -> CalibrationRows:
@@ -67,5 +78,9 @@ def sample_rows(records: RecordSet, most: int = CALIBRATION_ROWS) -> Calibration
 
 def _pair(record: AnyRecord, index: int) -> tuple[str, str]:
     """The query and one of its documents, in turn, so that a reranker sees negatives too."""
-    documents = (*record.positive, *record.negatives) if isinstance(record, Record) else record.documents
+    documents = _documents(record)
     return record.query, documents[index % len(documents)]
+
+
+def _documents(record: AnyRecord) -> tuple[str, ...]:
+    return (*record.positive, *record.negatives) if isinstance(record, Record) else tuple(record.documents)

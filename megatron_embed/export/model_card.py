@@ -204,6 +204,11 @@ def _is_local(path: str) -> bool:
     return os.path.exists(path)
 
 
+def _name(path: str) -> str:
+    """A file or directory without the folders of this machine, or the hub's name."""
+    return Path(path).name if _is_local(path) else path
+
+
 def _head(config: RunConfig, library: str, dim: int | None) -> dict[str, Any]:
     """Metadata for hubs, which name the base model unless it is a directory of this machine."""
     kind = "text-ranking" if dim is None else "sentence-similarity"
@@ -218,8 +223,7 @@ def _ranges(directory: Path) -> str:
 
 
 def _what(config: RunConfig, dim: int | None) -> str:
-    base = Path(config.model.path).name if _is_local(config.model.path) else config.model.path
-    by = f"fine-tuned from {base} by megatron_embed {__version__}."
+    by = f"fine-tuned from {_name(config.model.path)} by megatron_embed {__version__}."
     if dim is None:
         return f"A reranker: scores a query with a document; {by}"
     widths = config.embedding.matryoshka_dims
@@ -228,8 +232,8 @@ def _what(config: RunConfig, dim: int | None) -> str:
     also += f" Trained to be stored as {' and '.join(stored)} as well." if stored else ""
     if config.training.query_side_only:
         old = config.objective.compatible_with or config.model.path
-        also += (f" For queries alone: documents keep the vectors of {Path(old).name if _is_local(old) else old}, with "
-                 "which new ones are embedded too.")
+        also += (f" For queries alone: documents keep the vectors of {_name(old)}, with which new ones are embedded "
+                 "too.")
     if config.embedding.head == "multi_vector":
         return (f"A multi-vector embedding model: texts to a vector of {dim} numbers for every token, compared by "
                 f"MaxSim; {by}")
@@ -253,16 +257,18 @@ def _prompts(prompts: Mapping[str, str]) -> list[str]:
 
 
 def _training(config: RunConfig, step: int, dim: int | None) -> list[tuple[str, object]]:
-    training, parallel, data = config.training, config.parallel, config.data
+    training, parallel, data, objective = config.training, config.parallel, config.data, config.objective
     sizes = {"tensor": parallel.tensor_model_parallel_size, "pipeline": parallel.pipeline_model_parallel_size,
              "context": parallel.context_parallel_size, "expert": parallel.expert_model_parallel_size}
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     rows: list[tuple[str, object]] = [
-        ("data", ", ".join(Path(file.path).name if _is_local(file.path) else file.path for file in data.train)),
-        ("loss", config.objective.loss)]
+        ("data", ", ".join(_name(file.path) for file in data.train)), ("loss", objective.loss)]
     if dim is not None:
-        rows += [("temperature", config.objective.temperature), ("negatives", config.objective.negatives),
-                 ("hard negatives per query", data.num_negatives)]
+        rows += [(key, getattr(objective, key)) for key in ("temperature", "negatives") if objective.takes(key)]
+        rows += [(name, _name(other)) for name, other in (
+            ("guide", objective.guide_model), ("teacher", objective.teacher_model),
+            ("vectors of documents that were kept", objective.compatible_with)) if other is not None]
+        rows.append(("hard negatives per query", data.num_negatives))
     rows += [("optimizer steps", step), ("queries per step", training.global_batch_size),
              ("learning rate", f"{training.learning_rate:g}, {training.lr_decay_style}"),
              ("maximum tokens of query / document", f"{data.max_length('query')} / {data.max_length('document')}"),

@@ -127,13 +127,17 @@ class ModelDirectory:
         """Numbers of a vector."""
         return embedding_width(self.dense(config), self.shape, self.pooling(config.pooling))
 
-    def require_one_vector(self, key: str, what: str) -> None:
-        """Raises ConfigError, beginning with the option `key`, for a multi-vector or sparse model; `what` tells why."""
+    def require_one_vector(self, key: str, what: str, option: str | None = None) -> None:
+        """Raises ConfigError, beginning with the option `key`, for a multi-vector or sparse model; `what` tells why, or
+        `option`, without which such a model could be given."""
         if self.saved.vectors is None and not self.saved.sparse:
             return
         kind, stock = ("multi-vector model, with a vector for every token", "MultiVectorEncoder")
         if self.saved.sparse:
             kind, stock = ("sparse model, with a weight for every token of the vocabulary", "SparseEncoder")
+        if option is not None:
+            raise ConfigError(f"{option}: {self.path} is a {kind}, and this needs one vector for each text; leave it "
+                              "out, or give a model with a pooling", key=option)
         raise ConfigError(f"{key} {self.path}: a {kind}, and {what} one vector for each text; give a model with a "
                           f"pooling, or use encode, evaluate, mine or Sentence Transformers' {stock}", key=key)
 
@@ -354,7 +358,8 @@ def open_role_tokenizer(model: ModelDirectory, *, pooling: ModelPooling, max_len
 
 def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = True,
                  given_prompts: dict[Role, str] | None = None, start: Start = initialize, key: str = "--model",
-                 multi_vector: bool | Literal["joint"] = False) -> tuple[TextEncoder, ModelDirectory, Topology]:
+                 multi_vector: bool | Literal["joint"] = False,
+                 option: str | None = None) -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
     Args:
@@ -367,6 +372,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
         start: makes the process groups.
         key: the option that names the directory, for messages.
         multi_vector: whether a model may give a vector for every token; joint: with the joint heads of its directory.
+        option: that was given and keeps a model from doing so.
     """
     model = find_model(args.model, key)
     if multi_vector == "joint":
@@ -375,7 +381,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
         saved = dataclasses.replace(model.saved, dense=(), vectors=None, sparse=False)
         model = dataclasses.replace(model, saved=saved)
     if not multi_vector:
-        model.require_one_vector(key, "here a model has")
+        model.require_one_vector(key, "here a model has", option)
     if args.pooling is not None and (model.saved.vectors is not None or model.saved.sparse):
         raise ConfigError(f"--pooling {args.pooling}: {args.model} is a multi-vector or sparse model, whose vectors "
                           "come without a choice of pooling; leave it out", key="--pooling")

@@ -206,7 +206,8 @@ def mine(args: argparse.Namespace, job: MiningJob) -> None:
         if args.document_prompt is not None:
             prompts["document"] = args.document_prompt
         encoder, model, topology = open_encoder(args, prompts=True, given_prompts=prompts, start=start,
-                                                multi_vector=args.cache is None)
+                                                multi_vector=args.cache is None,
+                                                option=None if args.cache is None else "--cache")
         scorer = _open_reranker(args, job, start, topology)
         if encoder.pooling in ("tokens", "splade"):
             job.mine_with_blocks(encoder, scorer)

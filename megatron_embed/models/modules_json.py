@@ -132,8 +132,8 @@ def supported_modules(directory: Path) -> list[Module]:
     for module in modules:
         if module.kind is None:
             raise CheckpointError(f"{file}: module {shown_value(module.type)} is not supported; Transformer, Pooling, "
-                                  "Dense, Normalize and MultiVectorMask of Sentence Transformers are, under its own "
-                                  "full names")
+                                  "Dense, Normalize and MultiVectorMask of Sentence Transformers are, and those of "
+                                  "SPLADE (MLMTransformer, SpladePooling), under its own full names")
     if not _is_supported_order([module.kind for module in modules]):
         raise CheckpointError(f"{file}: the modules {', '.join(str(module.kind) for module in modules) or '(none)'} "
                               "are not supported in this order; Transformer, Pooling and then perhaps Dense and "

@@ -75,7 +75,7 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
 
     check_metric_names(args.require, [prefix + name for prefix in ranking_prefixes(args) for name in METRICS])
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start,
-                                             multi_vector=may_be_multi_vector(args))
+                                             multi_vector=may_be_multi_vector(args), option=dense_option(args))
     given = open_given_vectors(args, rows=len(data.document_ids), dim=encoder.dim, similarity=model.saved.similarity,
                                what=f"{args.data}/corpus.jsonl")
     encode: Embed = functools.partial(encoder.encode, show_progress=topology.rank == 0)
@@ -103,10 +103,15 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     return mean_metrics(per_query), topology.rank
 
 
+def dense_option(args: argparse.Namespace) -> str | None:
+    """The first option that was given and needs one vector for each text."""
+    options = ("dims", "two_stage", "vectors", "precision", "documents_from")
+    return next((f"--{name.replace('_', '-')}" for name in options if vars(args)[name]), None)
+
+
 def may_be_multi_vector(args: argparse.Namespace) -> bool | Literal["joint"]:
     """See `open_encoder`. Raises ConfigError for --head with options that need one vector for each text."""
-    options = ("dims", "two_stage", "vectors", "precision", "documents_from")
-    given = next((f"--{name.replace('_', '-')}" for name in options if vars(args)[name]), None)
+    given = dense_option(args)
     if args.head is None:
         return given is None
     if given is not None:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_PAIRS = 20000
+"""That are sampled, unless --max-pairs says otherwise."""
 _UNIT = 1e-3
 """Lengths of unit vectors differ from 1 by less."""
 
@@ -45,11 +47,14 @@ _UNIT = 1e-3
 def fit_map(args: argparse.Namespace) -> tuple[str, int]:
     """(what is known of the map that was fitted and written, as JSON, this rank). Called by all ranks with --model."""
     old = VectorFile(args.old, "--old", similarity="dot")
-    rows = _sampled(len(old), args.max_pairs)
-    if len(rows) < FEWEST_PAIRS:
-        raise ConfigError(f"--old {args.old}: {len(rows)} vectors; a map needs at least {FEWEST_PAIRS} pairs",
+    if len(old) < FEWEST_PAIRS:
+        raise ConfigError(f"--old {args.old}: {len(old)} vectors; a map needs at least {FEWEST_PAIRS} pairs",
                           key="--old")
-    kinds: Sequence[MapKind] = MAP_KINDS if args.kind == "auto" else (args.kind,)
+    most = MOST_PAIRS if args.max_pairs is None else args.max_pairs
+    if most < FEWEST_PAIRS:
+        raise ConfigError(f"--max-pairs {most}: a map needs at least {FEWEST_PAIRS} pairs; raise it", key="--max-pairs")
+    rows = _sampled(len(old), most)
+    kinds: Sequence[MapKind] = MAP_KINDS if args.kind in (None, "auto") else (args.kind,)
     if args.model is None:
         new = VectorFile(args.new, "--new", similarity="dot")
         _require_equal(len(old), len(new), f"--new {args.new}", "vectors", key="--new")
@@ -67,6 +72,7 @@ def _fit_to_model(args: argparse.Namespace, old: VectorFile, rows: NDArray[np.in
     """The same where the new model embeds the sampled texts."""
     data = None if args.data is None else load_beir(args.data, args.split or "test")
     texts: Sequence[str]
+    of_option = "--data" if args.pairs is None else "--pairs"
     if args.pairs is not None:
         texts = TextsOnDisk(args.pairs, "--pairs")
         _require_equal(len(old), len(texts), f"--pairs {args.pairs}", "texts", key="--pairs")
@@ -81,7 +87,7 @@ def _fit_to_model(args: argparse.Namespace, old: VectorFile, rows: NDArray[np.in
         try:
             new = encoder.encode(Picked(texts, rows.tolist()), "document", show_progress=is_first)
         except EmptyTextError as empty:
-            raise EmptyTextError(empty.row, f"text number {rows[empty.row] + 1} of --pairs", empty.text) from None
+            raise EmptyTextError(empty.row, f"text number {rows[empty.row] + 1} of {of_option}", empty.text) from None
         # The first rank's, since another one's processor may round otherwise.
         fitted = gather_objects(_fit(old, rows, new, kinds) if is_first else None, dist.group.WORLD)[0]
         assert fitted is not None

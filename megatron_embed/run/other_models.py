@@ -8,6 +8,7 @@ import logging
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,11 @@ def check_other_models(config: RunConfig, model: ModelDirectory) -> None:
     else:
         width = _width_of(config, *source)
     if width != dim:
+        is_own = model.dim(replace(config.embedding, embedding_dim=None)) == width
+        remedy = "remove embedding.embedding_dim" if is_own else f"set embedding.embedding_dim: {width}"
         raise ConfigError(f"{key} = {path!r}: its vectors have {width} components, and those of the model in training "
-                          f"{dim}; set embedding.embedding_dim: {width}, or bring the vectors to {dim} with "
-                          "`megatron-embed migrate` first", key=key)
+                          f"{dim}; {remedy}, or bring the vectors of the index to {dim} with `megatron-embed migrate` "
+                          "first", key=key)
 
 
 def _width_of(config: RunConfig, key: str, path: str) -> int:

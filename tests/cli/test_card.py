@@ -47,6 +47,21 @@ def test_an_embedding_models_card(tmp_path):
         assert words not in text, words
 
 
+def test_a_card_names_the_other_models_of_a_run_and_the_settings_that_its_loss_takes(tmp_path):
+    (tmp_path / "large").mkdir()
+    config = config_of(tmp_path, "org/base", objective={
+        "loss": "embedding_distillation", "teacher_model": str(tmp_path / "large")})
+    _, text = written(tmp_path, config, step=6, dim=48)
+    assert "| teacher | large |" in text
+    assert "temperature" not in text
+    assert "| negatives |" not in text
+    config = config_of(tmp_path, "org/base", objective={"guide_model": "org/guide", "compatible_with": "org/old"})
+    _, text = written(tmp_path, config, step=6, dim=48)
+    for words in ("| temperature | 0.02 |", "| negatives | global_batch |", "| guide | org/guide |",
+                  "| vectors of documents that were kept | org/old |"):
+        assert words in text, words
+
+
 def test_a_rerankers_card_names_no_directory_of_this_machine(tmp_path):
     (tmp_path / "base").mkdir()
     config = dataclasses.replace(config_of(tmp_path, str(tmp_path / "base")), task="reranker", lora=LoraConfig(),

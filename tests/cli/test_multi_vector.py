@@ -8,11 +8,11 @@ import pytest
 from sentence_transformers import MultiVectorEncoder
 
 from tests.helpers.commands import evaluated, small_beir  # noqa: F401
-from tests.helpers.foreign_directories_helpers import save_directory
+from tests.helpers.foreign_directories_helpers import save_directory, without_sep
 from tests.helpers.multi_vector_reference import FORMATS, add_token_modules
 from tests.helpers.ranked_documents import mine_and_compare, stock_metrics
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.refusals import command
+from tests.helpers.refusals import assert_refused, command
 from tests.helpers.runs import configuration, curve, train
 
 TEXTS = ["The quick brown fox", "jumps over; or: it does not!", "the lazy dog, and over a longer text that follows"]
@@ -168,3 +168,16 @@ def encode_and_compare(directory, tmp_path):
         assert offsets.tolist() == [0, *np.cumsum([len(row) for row in expected])]
         np.testing.assert_allclose(vectors, np.concatenate([row.numpy() for row in expected]), atol=5e-6)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_options_and_texts_that_give_no_vectors_are_refused(small_beir, tmp_path):
+    directory = str(add_token_modules(without_sep(save_directory(tmp_path / "model", kind="qwen3")), "colbert"))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "the fox"}\n{"text": "..."}\n')
+    encode = ["encode", "--model", directory, "--input", str(texts), "--output", str(tmp_path / "vectors.npy")]
+    evaluate = ["evaluate", "--model", directory, "--data", str(small_beir)]
+    for arguments, words in (
+            ([*encode, "--role", "document"], ("texts.jsonl:2: the text '...'", "only ones of the skip list")),
+            ([*evaluate, "--precision", "int8"], ("--precision: ", "a multi-vector model", "leave it out")),
+            ([*evaluate, "--dims", "4"], ("--dims: ", "leave it out"))):
+        assert_refused(run_on_ranks(command, 1, arguments), *words)

@@ -8,8 +8,10 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.quantization import quantize_embeddings
 
+from megatron_embed.data.records import Record
 from megatron_embed.evaluation.stored_vectors import read_ranges
 from megatron_embed.evaluation.vector_files import VectorFile
+from megatron_embed.export.calibration import sample_documents
 from megatron_embed.names import RANGES_FILE
 from tests.helpers.commands import evaluated, small_beir  # noqa: F401  a fixture
 from tests.helpers.mining_runs import model  # noqa: F401  a fixture
@@ -111,3 +113,12 @@ def test_a_run_exports_its_ranges_and_is_audited(model, texts, small_beir, tmp_p
     values["checkpoint"] |= {"export_at_end": str(tmp_path / "plain")}
     run_on_ranks(train, 1, values)
     assert (tmp_path / "plain" / "modules.json").is_file() and not (tmp_path / "plain" / RANGES_FILE).exists()
+
+
+def test_ranges_of_few_rows_are_of_all_their_documents():
+    rows = [Record(query="q", positive=(f"a{row}", f"b{row}"), negatives=("c", "c"), instruction=None,
+                   source=f"rows.jsonl:{row + 1}") for row in range(3)]
+    assert set(sample_documents(rows, 12)) == {f"{name}{row}" for name in "ab" for row in range(3)} | {"c"}
+    assert sample_documents(rows, 6) == ["a0", "b0", "b1", "c"]
+    assert sample_documents(rows, 2) == ["a0", "b1"]
+    assert len(sample_documents(rows, 3)) == 3

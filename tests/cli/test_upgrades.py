@@ -158,8 +158,11 @@ def test_what_a_run_cannot_keep_is_refused(folder, tmp_path):
             ({"compatible_with": tmp_path / "moved"}, ("gone.jsonl", "compatible_texts")),
             ({"compatible_with": tmp_path / "some"}, ("rows.jsonl:", "is not in the index", "1 documents")),
             ({"compatible_with": folder / "index", "compatible_texts": some}, (f"{ROWS} vectors for the", "texts of")),
-            ({"compatible_with": tmp_path / "nothing"}, ("objective.compatible_with",))):
-        values = run_of(folder, tmp_path / "run", **settings)
+            ({"compatible_with": tmp_path / "nothing"}, ("objective.compatible_with",)),
+            ({"compatible_with": folder / "model", "embedding": {"embedding_dim": 16}},
+             ("32 components", "training 16; remove embedding.embedding_dim"))):
+        embedding = {"embedding": settings.pop("embedding", {})}
+        values = run_of(folder, tmp_path / "run", **settings) | embedding
         arguments = [f"{section}.{key}={json.dumps(value)}" for section, keys in values.items()
                      for key, value in keys.items() if section != "model"]
         config = tmp_path / "run.yaml"
@@ -232,7 +235,11 @@ def test_options_that_do_not_go_together_are_refused(folder, tmp_path):
             ([*migrate, "--model", model, "--output", out], ("--model", "--pairs")),
             ([*migrate, "--new", index, "--output", out], ("vectors; a map needs at least 50 pairs",)),
             (["migrate", "--old", tmp_path / "few.npy", "--new", index, "--output", out], ("for the 60 vectors",)),
+            (["migrate", "--old", tmp_path / "few.npy", "--new", index, "--max-pairs", 12, "--output", out],
+             ("--max-pairs 12", "at least 50 pairs")),
             ([*migrate, "--map", tmp_path / "broken", "--output", out], ("--map", "no map of vectors")),
+            ([*migrate, "--map", out, "--kind", "mlp", "--output", out], ("--kind mlp", "no effect with --map")),
+            ([*migrate, "--map", out, "--max-pairs", 90, "--output", out], ("--max-pairs 90", "no effect with --map")),
             ([*evaluate, "--map", tmp_path / "broken"], ("--map", "--documents-from")),
             ([*evaluate, "--documents-from", index, "--vectors", index], ("--documents-from", "--vectors")),
             ([*evaluate, "--documents-from", index], ("--documents-from", "vectors for the 437 rows")),
