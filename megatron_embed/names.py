@@ -35,14 +35,11 @@ JOINT_SCORES: tuple[JointScore, ...] = get_args(JointScore)
 Regularizer = Literal["flops", "l1"]
 """What keeps sparse vectors sparse: the square of each weight's mean over texts, or the sum of a text's weights."""
 
-Precision = Literal["float32", "int8", "binary"]
-"""How a vector store keeps a component: whole, as one of 256 values within a range, or as its sign alone (one bit)."""
+Precision = Literal["float32", "int8", "binary", "rescore"]
+"""How a vector store keeps a component of a document: whole, as one of 256 values within a range, or as its sign alone
+(one bit). binary compares signs of both sides; rescore orders the best of these by the dot product of the query itself
+with the documents' signs."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-SearchPrecision = Literal["float32", "int8", "binary", "rescore"]
-"""How `evaluate` searches: as a store of this precision does; rescore: the best by signs, ordered by the dot product of
-the query itself with the documents' signs."""
-SEARCH_PRECISIONS: tuple[SearchPrecision, ...] = get_args(SearchPrecision)
 
 VectorDtype = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 """Numbers in files of vectors. int8, uint8: a byte for each component, within ranges; binary, ubinary: a bit for each,

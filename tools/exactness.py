@@ -75,13 +75,10 @@ the numbers given and are brought to the largest of them by splitting micro-batc
 running one again. masked: queries, positives and documents repeat on several ranks, and `mask_duplicates` is on; the
 reference compares texts. micro-batch negatives: `negatives: micro_batch`; the reference compares each query with the
 documents of its micro-batch over the data-parallel ranks. N kept: the first N micro-batches keep their activations for
-the second pass (`keep_activations`). stored as int8, binary, all-widths: the loss is taken of rounded vectors too
-(`embedding.precision`; all-widths: float32, int8 and binary at two `matryoshka_dims`); the reference rounds with
-Sentence Transformers' functions, and no component may lie closer than 5e-7 to the end of its step. DO: distributed
-optimizer. aux: coefficient of the load-balancing loss; above 0 the reference adds the same loss of the same
-micro-batches, averaged over them. Steps: how often the step was repeated; the error is the largest, and all were within
-the bound. SP is on with TP unless noted. EP and ETP split the experts over the ranks of the other sizes; they add no
-ranks.
+the second pass (`keep_activations`). DO: distributed optimizer. aux: coefficient of the load-balancing loss; above 0
+the reference adds the same loss of the same micro-batches, averaged over them. Steps: how often the step was repeated;
+the error is the largest, and all were within the bound. SP is on with TP unless noted. EP and ETP split the experts
+over the ranks of the other sizes; they add no ranks.
 
 """
 
@@ -104,6 +101,14 @@ are random ones that follow from the texts; the reference looks them up by the t
 
 """
 
+
+STORED_INTRODUCTION = """## Rounded vectors
+
+The loss is taken of rounded vectors too ([embedding.precision](vector_precision.md)): stored as int8, at one width of
+Matryoshka; binary; rescore (float32, binary and rescore); all-widths (float32, int8 and binary at two widths). The
+reference rounds with Sentence Transformers' functions, and no component may lie closer than 5e-7 to the end of its step.
+
+"""
 
 MULTI_VECTOR_INTRODUCTION = """## Late interaction
 
@@ -224,7 +229,7 @@ def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
     sections = [(introduction, [case for case in cases if arguments.only in str(case)]) for introduction, cases in (
-        ("## Gradients\n\n", [*all_cases(), *stored_cases()]), (MULTI_VECTOR_INTRODUCTION, multi_vector_cases()),
+        ("## Gradients\n\n", all_cases()), (STORED_INTRODUCTION, stored_cases()), (MULTI_VECTOR_INTRODUCTION, multi_vector_cases()),
         (SPARSE_INTRODUCTION, sparse_cases()), (JOINT_INTRODUCTION, joint_cases()),
         (OTHERS_INTRODUCTION, other_model_cases()), (FLASH_INTRODUCTION, flash_cases()))]
     titles = [*(title_of(introduction) for introduction, _ in sections), "Loss curves"]

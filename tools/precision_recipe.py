@@ -31,14 +31,14 @@ import megatron_embed
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.retrieval import Rankings, evaluate_queries
 from megatron_embed.models.dense import semi_orthogonal
-from megatron_embed.names import Role, SearchPrecision
+from megatron_embed.names import Precision, Role
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "before training": None, "float32": {},
-    "precisions": {"embedding": {"precision": ["float32", "int8", "binary"]},
-                   "objective": {"precision_weights": [1.0, 0.25, 1.0]}}}
+    "precisions": {"embedding": {"precision": ["float32", "int8", "binary", "rescore"]},
+                   "objective": {"precision_weights": [1.0, 0.25, 1.0, 1.0]}}}
 """Settings of each kind of run; None: the initial model."""
-PRECISIONS: tuple[SearchPrecision, ...] = ("int8", "binary", "rescore")
+PRECISIONS: tuple[Precision, ...] = ("int8", "binary", "rescore")
 GOALS = {"binary": 0.96, "rescore": 0.99}
 METRIC = "ndcg@10"
 

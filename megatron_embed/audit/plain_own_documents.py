@@ -185,6 +185,8 @@ def rounded(query: Tensor, document: Tensor, precision: Precision) -> tuple[Tens
         return query, document
     if precision == "binary":
         return _with_values(query, _signs(query)), _with_values(document, _signs(document))
+    if precision == "rescore":
+        return query, _with_values(document, _signs(document))
     numbers = document.detach().float()
     low, high = numbers.min(dim=0).values, numbers.max(dim=0).values
     step = (high - low) / 254

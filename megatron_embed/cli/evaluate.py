@@ -15,7 +15,7 @@ from megatron_embed.cli.common import (
 )
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError
-from megatron_embed.names import SEARCH_PRECISIONS, SearchPrecision
+from megatron_embed.names import PRECISIONS, Precision
 from megatron_embed.platform.terminal_text import write_error
 from megatron_embed.run.required_metrics import Requirement, missed_requirements, parse_requirement
 
@@ -84,9 +84,9 @@ def dims(text: str) -> tuple[int, ...]:
     return tuple(positive_int(part.strip()) for part in text.split(","))
 
 
-def precisions(text: str) -> tuple[SearchPrecision, ...]:
+def precisions(text: str) -> tuple[Precision, ...]:
     """Precisions such as int8,binary."""
-    known: dict[str, SearchPrecision] = {name: name for name in SEARCH_PRECISIONS}
+    known: dict[str, Precision] = {name: name for name in PRECISIONS}
     wanted = [part.strip() for part in text.split(",")]
     if not all(part in known for part in wanted):
         raise argparse.ArgumentTypeError(f"{text!r} must be some of {', '.join(known)}, with commas between them")

@@ -237,8 +237,9 @@ def check_dims_and_precisions(config: "RunConfig") -> None:
             f"such vectors are kept in float32 (embedding.head: {config.embedding.head}); remove it")
     require(config.objective.loss in CONTRASTIVE, key, list(precision), f"objective.loss = {config.objective.loss!r} "
             f"compares vectors as they are; choose one of {', '.join(CONTRASTIVE)}, or remove it")
-    require(config.embedding.unit_length or "binary" not in precision, key, list(precision), "signs have no length, "
-            "and embedding.normalize = False compares lengths too; set that to true, or leave binary out")
+    require(config.embedding.unit_length or not {"binary", "rescore"} & set(precision), key, list(precision), "signs "
+            "have no length, and embedding.normalize = False compares lengths too; set that to true, or leave binary "
+            "and rescore out")
 
 
 def check_score_temperature(config: "RunConfig") -> None:

@@ -63,7 +63,8 @@ class EmbeddingConfig:
     precision: tuple[Precision, ...] = ("float32",)
     """Precisions that the loss is taken at, and evaluation sets are searched at; at every one of matryoshka_dims. int8:
     documents are rounded to 256 values of each component. binary: queries and documents to signs, 32 times smaller than
-    float32. Gradients pass straight through. With objective.loss info_nce or sigmoid."""
+    float32. rescore: documents to signs, and queries as they are. Gradients pass straight through. With objective.loss
+    info_nce or sigmoid."""
     instruction: str | None = None
     """Replaces `{instruction}` in the query prompt for rows, files and evaluation sets without an instruction of their
     own; checkpoints and exports contain the prompt with it filled in. null: all of them must have their own."""

@@ -20,7 +20,7 @@ from megatron_embed.evaluation.rerank_stage import RerankStage, rerank_scores
 from megatron_embed.evaluation.search import StreamedSearch, for_similarity
 from megatron_embed.evaluation.stored_vectors import CALIBRATION_VECTORS, Ranges, bits, precision_prefixes, ranges_of
 from megatron_embed.losses.precision import int8_values
-from megatron_embed.names import Role, SearchPrecision, Similarity
+from megatron_embed.names import Precision, Role, Similarity
 from megatron_embed.parallel.collectives import gather_objects, rank_and_size
 
 Qrels = dict[str, dict[str, int]]
@@ -95,7 +95,7 @@ class Rankings:
     """One more ranking: the best `candidates` by vectors of this width, ordered by full vectors."""
     candidates: int = 100
     """Documents that the first of two stages finds, of a query."""
-    precisions: tuple[SearchPrecision, ...] = ()
+    precisions: tuple[Precision, ...] = ()
     """One ranking each, at every width: of documents in int8 by the query as it is; by Hamming distances of signs; the
     best `candidates` of these, ordered by the query as it is."""
     ranges: Ranges = field(default_factory=dict)
@@ -235,7 +235,7 @@ class _Search:
     similarity: Similarity
     excludes: bool
     """Whether queries have a document that they must not retrieve."""
-    precision: SearchPrecision = "float32"
+    precision: Precision = "float32"
     ranges: Tensor | None = None
     """[2, width] of int8; None: of the first documents."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_embed.config.json_file import read_optional_json_object
 from megatron_embed.errors import CheckpointError, DataError
-from megatron_embed.names import RANGES_FILE, SearchPrecision, VectorDtype
+from megatron_embed.names import RANGES_FILE, Precision, VectorDtype
 
 CALIBRATION_VECTORS = 4096
 """Documents whose vectors give the ranges of a model without ranges of its own."""
@@ -95,8 +95,8 @@ def ranges_name(output: str) -> str:
     return f"{output[:-4]}.{RANGES_FILE}" if output.endswith(".npy") else str(Path(output) / RANGES_FILE)
 
 
-def precision_prefixes(dims: Sequence[int], precisions: Sequence[SearchPrecision]) -> list[
-        tuple[str, int | None, SearchPrecision]]:
+def precision_prefixes(dims: Sequence[int], precisions: Sequence[Precision]) -> list[
+        tuple[str, int | None, Precision]]:
     """(prefix of the metrics' names, width or None for whole vectors, precision) of every search at a precision; that
     in float32 has the plain names."""
     return [(f"{'' if width is None else f'dim_{width}/'}{precision}/", width, precision)

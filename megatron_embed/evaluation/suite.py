@@ -15,7 +15,7 @@ from megatron_embed.evaluation.reranking import RerankData
 from megatron_embed.evaluation.retrieval import CUTOFFS, Embed, Rankings, evaluate_retrieval
 from megatron_embed.evaluation.stored_vectors import precision_prefixes
 from megatron_embed.evaluation.sts import StsData, evaluate_sts
-from megatron_embed.names import Role, SearchPrecision, Similarity
+from megatron_embed.names import Precision, Role, Similarity
 
 RETRIEVAL_METRICS = ("map", *(f"{name}@{k}" for k in CUTOFFS for name in ("ndcg", "mrr", "recall", "precision")))
 STS_METRICS = ("pearson", "spearman")
@@ -33,7 +33,7 @@ class EvaluationSuite:
     reranking: Sequence[RerankData]
     dims: tuple[int, ...] = ()
     """Truncated widths at which retrieval and pairs are measured too, as `dim_WIDTH/name`."""
-    precisions: tuple[SearchPrecision, ...] = ()
+    precisions: tuple[Precision, ...] = ()
     """Precisions at which retrieval is measured too, at every width, as `binary/name` and `dim_WIDTH/binary/name`."""
 
     scores: tuple[str, ...] = ()

@@ -228,7 +228,8 @@ def _what(config: RunConfig, dim: int | None) -> str:
         return f"A reranker: scores a query with a document; {by}"
     widths = config.embedding.matryoshka_dims
     also = f" Trained to be cut to {', '.join(map(str, widths))} numbers as well." if widths else ""
-    stored = [precision for precision in config.embedding.precision if precision != "float32"]
+    stored = dict.fromkeys("binary" if precision == "rescore" else precision
+                           for precision in config.embedding.precision if precision != "float32")
     also += f" Trained to be stored as {' and '.join(stored)} as well." if stored else ""
     if config.training.query_side_only:
         old = config.objective.compatible_with or config.model.path

@@ -30,15 +30,18 @@ def as_stored(precision: Precision, anchor: Tensor, document: Tensor, query: Ten
 
     int8: the documents, each component rounded down to one of 256 values within the range of these documents; queries
     stay as they are, since nobody stores them. binary: signs of all of them, so that a dot product is 1 - 2 * Hamming
-    distance / dim. Where the documents are those of all ranks, all ranks compute the same values. No communication.
+    distance / dim. rescore: signs of the documents alone, the second of the two tasks of BPR (Yamada et al. 2021,
+    arXiv:2106.00882). Where the documents are those of all ranks, all ranks compute the same values. No communication.
 
     Args:
-        anchor, document, query: float32 or float64, see Stored; unit length for binary.
+        anchor, document, query: float32 or float64, see Stored; unit length for binary and rescore.
     """
     if precision == "int8":
         return Stored(anchor, int8_values(document, int8_ranges(document)), query)
     if precision == "binary":
         return Stored(signs(anchor), signs(document), None if query is None else signs(query))
+    if precision == "rescore":
+        return Stored(anchor, signs(document), query)
     return Stored(anchor, document, query)
 
 

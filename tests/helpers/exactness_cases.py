@@ -100,7 +100,8 @@ class Stored:
 
 STORED = {"int8": Stored(dims=(30,), precisions=("float32", "int8"), weights=(1.0, 0.5)),
           "binary": Stored(dims=(), precisions=("float32", "binary"), weights=(1.0, 0.5)),
-          "all-widths": Stored(dims=(18, 11), precisions=("float32", "int8", "binary"), weights=(1.0, 0.5, 0.7))}
+          "all-widths": Stored(dims=(18, 11), precisions=("float32", "int8", "binary"), weights=(1.0, 0.5, 0.7)),
+          "rescore": Stored(dims=(), precisions=("float32", "binary", "rescore"), weights=(1.0, 0.5, 0.7))}
 """By name; at these widths no component of the rows lies close to the end of its step."""
 
 Sabotage = Literal["factor", "group", "order", "mask"]
@@ -419,7 +420,7 @@ STORED_LAYOUTS = (Layout(), Layout(dp=2), Layout(dp=4), Layout(tp=2), Layout(pp=
 
 def stored_cases() -> list[Case]:
     """Losses of rounded vectors: one pass and two, masks, token budgets, negatives of a micro-batch."""
-    names = tuple(STORED)
+    names = ("int8", "binary", "all-widths")
     cases = [Case(kind=("bert", "qwen3")[(index + turn) % 2], layout=layout, stored=name,
                   micro_batches=(1, 2, 4)[(index + turn) % 3] if layout.vpp == 1 else 4,
                   distributed=(index + turn) % 2 == 0, rows="masked" if (index // 2 + turn) % 2 else "short")
@@ -428,6 +429,9 @@ def stored_cases() -> list[Case]:
     cases += [Case(kind="bert", layout=Layout(dp=2), tokens=144, rows="masked", stored="all-widths", first_pass=2),
               Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, negatives="micro_batch", stored="all-widths"),
               Case(kind="qwen3", layout=Layout(tp=2, dp=2), micro_batches=2, stored="binary", keep=1)]
+    cases += [Case(kind=("bert", "qwen3")[index % 2], layout=layout, stored="rescore", micro_batches=4,
+                   distributed=index % 2 == 0, rows="masked" if index % 3 else "short")
+              for index, layout in enumerate(STORED_LAYOUTS)]
     return sorted(cases, key=lambda case: STORED_LAYOUTS.index(case.layout))
 
 

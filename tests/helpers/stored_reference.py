@@ -28,6 +28,8 @@ def stored_similarities(query: torch.Tensor, document: torch.Tensor,
                 chosen = [sides[0], _straight_through(sides[1], _int8(sides[1].detach().numpy()))]
             elif precision == "binary":
                 chosen = [_straight_through(side, _signs(side.detach().numpy())) for side in sides]
+            elif precision == "rescore":
+                chosen = [sides[0], _straight_through(sides[1], _signs(sides[1].detach().numpy()))]
             yield chosen[0] @ chosen[1].T, weight
 
 

@@ -15,7 +15,7 @@ from tests.helpers.objective_variants import batch_of_rank, config_of
 from tests.helpers.ranks import run_on_ranks
 
 TEMPERATURE = 0.1
-PRECISIONS, FACTORS = ("float32", "int8", "binary"), (1.0, 0.5, 0.7)
+PRECISIONS, FACTORS = ("float32", "int8", "binary", "rescore"), (1.0, 0.5, 0.7, 0.4)
 DIMS, WEIGHTS = (7, 4), (1.0, 0.3)
 
 
@@ -40,6 +40,8 @@ def stock_loss(query, document, positive, dim, precision):
         document = straight_through(document, stock_values(document, "int8", int8_ranges(document.detach()).numpy()))
     if precision == "binary":
         query, document = (straight_through(side, stock_values(side, "binary")) for side in (query, document))
+    if precision == "rescore":
+        document = straight_through(document, stock_values(document, "binary"))
     return cross_entropy(query @ document.T / TEMPERATURE, positive)
 
 
