@@ -106,7 +106,8 @@ STORED_INTRODUCTION = """## Rounded vectors
 
 The loss is taken of rounded vectors too ([embedding.precision](vector_precision.md)): stored as int8, at one width of
 Matryoshka; binary; rescore (float32, binary and rescore); all-widths (float32, int8 and binary at two widths). The
-reference rounds with Sentence Transformers' functions, and no component may lie closer than 5e-7 to the end of its step.
+reference rounds with Sentence Transformers' functions, and no component may lie closer than 5e-7 to the end of its
+step.
 
 """
 
@@ -229,8 +230,8 @@ def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
     sections = [(introduction, [case for case in cases if arguments.only in str(case)]) for introduction, cases in (
-        ("## Gradients\n\n", all_cases()), (STORED_INTRODUCTION, stored_cases()), (MULTI_VECTOR_INTRODUCTION, multi_vector_cases()),
-        (SPARSE_INTRODUCTION, sparse_cases()), (JOINT_INTRODUCTION, joint_cases()),
+        ("## Gradients\n\n", all_cases()), (STORED_INTRODUCTION, stored_cases()),
+        (MULTI_VECTOR_INTRODUCTION, multi_vector_cases()), (SPARSE_INTRODUCTION, sparse_cases()), (JOINT_INTRODUCTION, joint_cases()),
         (OTHERS_INTRODUCTION, other_model_cases()), (FLASH_INTRODUCTION, flash_cases()))]
     titles = [*(title_of(introduction) for introduction, _ in sections), "Loss curves"]
     wanted = [title for title in titles
