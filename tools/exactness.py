@@ -231,7 +231,8 @@ def main() -> int:
     started = time.monotonic()
     sections = [(introduction, [case for case in cases if arguments.only in str(case)]) for introduction, cases in (
         ("## Gradients\n\n", all_cases()), (STORED_INTRODUCTION, stored_cases()),
-        (MULTI_VECTOR_INTRODUCTION, multi_vector_cases()), (SPARSE_INTRODUCTION, sparse_cases()), (JOINT_INTRODUCTION, joint_cases()),
+        (MULTI_VECTOR_INTRODUCTION, multi_vector_cases()), (SPARSE_INTRODUCTION, sparse_cases()),
+        (JOINT_INTRODUCTION, joint_cases()),
         (OTHERS_INTRODUCTION, other_model_cases()), (FLASH_INTRODUCTION, flash_cases()))]
     titles = [*(title_of(introduction) for introduction, _ in sections), "Loss curves"]
     wanted = [title for title in titles
