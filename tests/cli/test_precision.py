@@ -87,17 +87,17 @@ def test_refusals(model, small_beir, arguments, words):
 def test_a_run_exports_its_ranges_and_is_audited(model, texts, small_beir, tmp_path):
     """A run of two ranks, whose export rounds as the run evaluates; a run that begins from it drops the ranges."""
     values = settings(str(model), tmp_path / "run")
-    values["embedding"] |= {"precision": ["float32", "int8", "binary"], "matryoshka_dims": [32, 16]}
-    values["objective"] = {"precision_weights": [1.0, 0.5, 0.5], "temperature": 0.1}
+    values["embedding"] |= {"precision": ["float32", "int8", "binary", "rescore"], "matryoshka_dims": [32, 16]}
+    values["objective"] = {"precision_weights": [1.0, 0.5, 0.5, 0.3], "temperature": 0.1}
     values["evaluation"] = {"retrieval": [str(small_beir)], "best_metric": "dim_16/binary/ndcg@10"}
     values["checkpoint"] |= {"export_at_end": str(tmp_path / "export")}
     first, second = run_on_ranks(train, 2, values)
-    names = [f"loss@{dim}{precision}" for dim in (32, 16) for precision in ("", "@int8", "@binary")]
-    weights = [1.0, 0.5, 0.5] * 2
+    names = [f"loss@{dim}{precision}" for dim in (32, 16) for precision in ("", "@int8", "@binary", "@rescore")]
+    weights = [1.0, 0.5, 0.5, 0.3] * 2
     assert first["loss"] == second["loss"] == pytest.approx(sum(
         first[name] * weight for name, weight in zip(names, weights, strict=True)), rel=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert any("eval/dim_16/int8/ndcg@10" in row for row in rows)
+    assert any({"eval/dim_16/int8/ndcg@10", "eval/rescore/ndcg@10"} <= set(row) for row in rows)
     ranges = read_ranges(tmp_path / "export")
     assert set(ranges) == {32, 16} and RANGES_FILE in (tmp_path / "export" / "README.md").read_text()
     results = run_on_ranks(command, 1, ["audit", str(tmp_path / "run"), "--step", "2"])

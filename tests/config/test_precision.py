@@ -16,7 +16,9 @@ REFUSED = {
     "loss": (["embedding.precision=[int8]", "objective.loss=cosent"],
              "precision = .*'cosent'.* one of info_nce, sigmoid"),
     "lengths": (["embedding.precision=[float32, binary]", "embedding.normalize=false"],
-                "precision = .*signs have no length.*leave binary out"),
+                "precision = .*signs have no length.*leave binary and rescore out"),
+    "lengths of documents": (["embedding.precision=[float32, rescore]", "embedding.normalize=false"],
+                             "precision = .*signs have no length.*leave binary and rescore out"),
     "tokens": (["embedding.precision=[int8]", "embedding.head=multi_vector", "objective.temperature=1"],
                "precision = .*such vectors are kept in float32"),
     "reranker": (["embedding.precision=[int8]", "task=reranker", "objective.loss=pointwise"],
@@ -32,8 +34,9 @@ def test_refused(name):
 
 
 def test_taken():
-    config = config_of_overrides(["model.path=m", "embedding.precision=[float32, int8, binary]",
-                                  "embedding.matryoshka_dims=[64, 32]", "objective.precision_weights=[1, 0.5, 0.5]"])
-    assert config.embedding.precision == ("float32", "int8", "binary")
+    config = config_of_overrides(["model.path=m", "embedding.precision=[float32, int8, binary, rescore]",
+                                  "embedding.matryoshka_dims=[64, 32]",
+                                  "objective.precision_weights=[1, 0.5, 0.5, 0.3]"])
+    assert config.embedding.precision == ("float32", "int8", "binary", "rescore")
     config_of_overrides(["model.path=m", "embedding.precision=[int8]", "embedding.normalize=false"])
     config_of_overrides(["model.path=m", "embedding.precision=[binary]", "objective.loss=sigmoid"])
