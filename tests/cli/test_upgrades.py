@@ -60,7 +60,10 @@ def trained(values, ranks=1):
     """The metrics of the steps, by step; those of evaluations among them."""
     run_on_ranks(train, ranks, values)
     lines = (Path(values["checkpoint"]["directory"]) / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row for row in map(json.loads, lines)}
+    found = {}
+    for row in map(json.loads, lines):
+        found.setdefault(row["step"], {}).update(row)
+    return found
 
 
 @pytest.mark.slow
