@@ -169,7 +169,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("nDCG@10", fontsize=8)
         axis.tick_params(labelsize=8)
         for index, mean in enumerate(means):
-            axis.text(mean, index, f" {mean:.3f}", va="center", fontsize=7)
+            axis.text(mean, index, f"  {mean:.3f}", va="bottom", fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
