@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from bar_chart import draw_bars
 from beir_parts import add_options, part_of
 from small_models import packaged_model
 
@@ -41,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--results", default="heads_results.jsonl", type=Path, help="JSONL file that rows are appended "
                         "to")
     parser.add_argument("--chart", type=Path, help="PNG file to draw from the results; nothing is trained")
+    parser.add_argument("--name", default="", help="of the data set, for the chart")
     parser.add_argument("--train", help="JSONL file of queries and positives")
     parser.add_argument("--beir", help="BEIR folder with a test split")
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=["dense", "multi_vector"])
@@ -127,35 +129,17 @@ def by_ranking(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def draw(rankings: dict[str, list[dict[str, float]]], path: Path) -> None:
+def draw(rankings: dict[str, list[dict[str, float]]], title: str, path: Path) -> None:
     """Bars of nDCG@10 with the lowest and the highest seed."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    values = [[float(np.mean(list(scores.values()))) for scores in seeds] for seeds in rankings.values()]
-    means = [float(np.mean(own)) for own in values]
-    colors = ["#26a69a" if name.startswith("joint") else "#5c6bc0" for name in rankings]
-    figure, axis = pyplot.subplots(figsize=(6.4, 0.42 * len(means) + 1))
-    axis.barh(list(rankings), means, color=colors,
-              xerr=[[abs(end(own) - mean) for mean, own in zip(means, values, strict=True)] for end in (min, max)])
-    low = min(map(min, values))
-    axis.set_xlim(max(0.0, low - 0.2 * (max(means) - low) - 0.02), None)
-    axis.invert_yaxis()
-    axis.set_xlabel(f"nDCG@10, {len(values[0])} seeds", fontsize=8)
-    axis.tick_params(labelsize=8)
-    for index, mean in enumerate(means):
-        axis.text(mean, index, f"  {mean:.3f}", va="bottom", fontsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    draw_bars({title: {name: ([float(np.mean(list(scores.values()))) for scores in seeds],
+                              "#26a69a" if name.startswith("joint") else "#5c6bc0")
+                       for name, seeds in rankings.items()}}, path)
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.chart is not None:
-        draw(by_ranking(read(arguments.results)), arguments.chart)
+        draw(by_ranking(read(arguments.results)), arguments.name, arguments.chart)
         return
     run_missing(arguments)
     chosen = [row for row in read(arguments.results)

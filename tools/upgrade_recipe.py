@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from bar_chart import draw_bars
 from beir_parts import add_options, part_of, spread
 from small_models import packaged_model
 
@@ -30,6 +31,7 @@ from megatron_embed.__main__ import main as run_command
 WAYS: dict[str, dict[str, Any]] = {"as usual": {}, "compatible": {}, "query side": {"query_side_only": True}}
 """By name, the further settings of the section training."""
 BARS = ("old model, old index", "as usual, old index", "mapped", "query side", "compatible", "re-indexed")
+COLORS = ("#9e9e9e", "#9e9e9e", "#7986cb", "#5c6bc0", "#3949ab", "#26a69a")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -148,31 +150,9 @@ class Recipe:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of nDCG@10, a group for each data set, with the lowest and the highest seed."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(row["set"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.6 * len(names), 3.2), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        own = [row for row in rows if row["set"] == name]
-        values = [[row[bar] for row in own] for bar in BARS]
-        means = [sum(each) / len(each) for each in values]
-        colors = ["#9e9e9e", "#9e9e9e", "#7986cb", "#5c6bc0", "#3949ab", "#26a69a"]
-        spread = [[abs(end(each) - mean) for mean, each in zip(means, values, strict=True)] for end in (min, max)]
-        axis.barh(BARS, means, color=colors, xerr=spread)
-        low = min(map(min, values))
-        axis.set_xlim(max(0.0, low - 0.15 * (1 - low)), None)
-        axis.invert_yaxis()
-        axis.set_title(f"{name}, {len(own)} seeds", fontsize=9)
-        axis.set_xlabel("nDCG@10", fontsize=8)
-        axis.tick_params(labelsize=8)
-        for index, mean in enumerate(means):
-            axis.text(mean, index, f"  {mean:.3f}", va="bottom", fontsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    draw_bars({name: {bar: ([row[bar] for row in rows if row["set"] == name], color)
+                      for bar, color in zip(BARS, COLORS, strict=True)}
+               for name in dict.fromkeys(row["set"] for row in rows)}, path)
 
 
 def main() -> None:
