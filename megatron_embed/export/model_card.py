@@ -265,7 +265,7 @@ def _training(config: RunConfig, step: int, dim: int | None) -> list[tuple[str, 
     rows: list[tuple[str, object]] = [
         ("data", ", ".join(_name(file.path) for file in data.train)), ("loss", objective.loss)]
     if dim is not None:
-        rows += [(key, getattr(objective, key)) for key in ("temperature", "negatives") if objective.takes(key)]
+        rows += [(key, vars(objective)[key]) for key in ("temperature", "negatives") if objective.takes(key)]
         rows += [(name, _name(other)) for name, other in (
             ("guide", objective.guide_model), ("teacher", objective.teacher_model),
             ("vectors of documents that were kept", objective.compatible_with)) if other is not None]
