@@ -121,18 +121,21 @@ class MultiVectorContrastive(Contrastive):
                                columns.terms.weights, total)
         num_candidates = int(ids.num_documents.sum())
         size = max(1, MAXSIM_TILE_ELEMENTS // max(1, num_candidates))
+        log_scale = torch.zeros((), dtype=torch.float64, device=embeddings.device)
         for first in range(0, int(ids.num_queries.max()), size):
             bounds = (min(first, batch.num_queries), min(first + size, batch.num_queries))
-            block = self.compared(queries.part(*bounds), batch)
+            part, grad_part = (texts.part(*bounds) for texts in (queries, grad_query))
+            block = self.compared(part, batch)
             scores = block.empty_scores(num_candidates)
             for turn in range(tiles.rounds):
                 for tile in tiles.show(turn):
                     scores[..., tile.columns] = block.scores(tile.documents)
             scores = self.whole(scores)
             loss.add(scores, *bounds)
-            _return_gradients(tiles, block, scores, grad_query.part(*bounds).vectors)
-        # Scores are linear in the lengths of a query's vectors.
-        log_scale = self.whole((grad_query.vectors * queries.vectors).sum(dtype=torch.float64))
+            _return_gradients(tiles, block, scores, grad_part.vectors)
+            # Scores are linear in the lengths of a query's vectors.
+            log_scale += (grad_part.vectors * part.vectors).sum(dtype=torch.float64)
+        log_scale = self.whole(log_scale)
         scale = torch.stack([log_scale, torch.zeros_like(log_scale)])
         sums = self._sums([loss.sums], [scale], len(on_host.terms.query), batch, total, further=loss.further(batch))
         return LossGradient(sums=sums, embeddings=gradient)
