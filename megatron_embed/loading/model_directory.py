@@ -299,8 +299,7 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     if not stored:
         load_dense_weights(model, chunks, config.training.seed, dense)
     if pooling == "splade" and not with_head:
-        load_vocabulary_head(chunks[-1].head, model.hf, model.checkpoint, model.shape, config.training.seed,
-                             new_weights=new_weights)
+        load_vocabulary_head(chunks[-1].head, model.hf, model.checkpoint, model.shape, new_weights=new_weights)
     if model.peft is not None:
         _load_peft_weights(model.peft, model, chunks, topology, with_head=head_spec is not None)
     return chunks

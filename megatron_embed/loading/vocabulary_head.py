@@ -11,6 +11,8 @@ from megatron_embed.checkpoint.safe_unpickler import HEAD_KEYS
 from megatron_embed.convert.checkpoint_directory import PassthroughFile, open_checkpoint, open_passthrough
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.storage.torch_dist import DcpReader
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.convert.to_hf import WORD_EMBEDDINGS
 from megatron_embed.convert.vocabulary_tensors import check_vocabulary_head, stored_vocabulary_head, vocabulary_names
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import ModelShape
@@ -58,7 +60,7 @@ def holds_vocabulary_head(checkpoint: Path, shape: ModelShape) -> bool:
 
 
 def load_vocabulary_head(head: torch.nn.Module | None, hf: Path, checkpoint: Path | None, shape: ModelShape,
-                         seed: int, *, new_weights: bool) -> None:
+                         *, new_weights: bool) -> None:
     """Fill the head from the directory's tensors. Called by all ranks.
 
     Args:
@@ -79,11 +81,22 @@ def load_vocabulary_head(head: torch.nn.Module | None, hf: Path, checkpoint: Pat
         if head is None:
             return
         assert isinstance(head, VocabularyHead)
-        initialize_vocabulary_head(head, missing, seed, shape.initializer_range)
+        if missing:
+            length = _word_embeddings(source, checkpoint, shape).float().norm(dim=1).mean()
+            initialize_vocabulary_head(head, missing, float(length))
         with torch.no_grad():
             for ours, name in stored.items():
                 parameter = head.get_parameter(ours)
                 parameter.copy_(_own_share(head, ours, source, name, parameter))
+
+
+def _word_embeddings(source: HFDirectory | PassthroughFile, checkpoint: Path | None, shape: ModelShape) -> Tensor:
+    """[vocabulary, hidden] of a model with a masked-language-model head; arguments as above."""
+    if isinstance(source, HFDirectory):
+        return source.read(dict(rules_for(shape.family).tied)[vocabulary_names(shape)["weight"]])
+    assert checkpoint is not None
+    with DcpReader(checkpoint / "model") as reader:
+        return reader.read(WORD_EMBEDDINGS)[: shape.vocab_size]
 
 
 def require_new_weights(path: str, names: Sequence[str], what: str, new_weights: bool) -> None:

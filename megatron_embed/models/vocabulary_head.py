@@ -5,7 +5,6 @@ or a decoder's language-model head, divided over the tensor-parallel ranks by th
 pooling, so that with context parallelism every rank has the gradient of its own tokens, as in the layers below.
 """
 
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +25,9 @@ from megatron_embed.platform.compat import (
     make_tp_sharded_tensor_for_checkpoint,
     tensor_parallel,
 )
+
+FIRST_LOGITS = 4.0
+"""How far below 0 the logits of a new head begin, in lengths of a word embedding."""
 
 
 class VocabularyHead(torch.nn.Module):
@@ -144,15 +146,24 @@ def return_tied_gradient(embeddings: Tensor | None, head: VocabularyHead | None,
 
 
 @torch.no_grad()
-def initialize_vocabulary_head(head: VocabularyHead, names: Sequence[str], seed: int, std: float) -> None:
-    """New tensors of an encoder's head as Transformers makes them: normal with `std`, biases 0, norm 1; equal in every
-    layout."""
+def initialize_vocabulary_head(head: VocabularyHead, names: Sequence[str], embedding_length: float) -> None:
+    """New tensors of an encoder's head: the transform passes states on, and logits begin low, so that a text has
+    weights for the few tokens of the vocabulary whose embeddings are closest to its states; equal in every layout.
+
+    With random weights and no bias, as Transformers makes them, a text has a weight for nearly every token, and dot
+    products of tens of thousands say little. The norm makes states as long as sqrt(hidden), so logits spread by about
+    the length of an embedding.
+
+    Args:
+        names: tensors that are new. A bias alone begins with 0.
+        embedding_length: mean length of the rows of the head's matrix.
+    """
     for name in names:
         parameter = head.get_parameter(name)
-        generator = torch.Generator().manual_seed(seed + zlib.crc32(f"head.{name}".encode()))
-        values = torch.zeros(parameter.shape)
+        parameter.zero_()
         if name == "norm.weight":
-            values.fill_(1.0)
+            parameter.fill_(1.0)
         elif name == "dense.weight":
-            values.normal_(0.0, std, generator=generator)
-        parameter.copy_(values)
+            parameter.fill_diagonal_(1.0)
+        elif name == "bias" and "dense.weight" in names:
+            parameter[: head.own_rows] = -FIRST_LOGITS * embedding_length
