@@ -96,7 +96,7 @@ def _word_embeddings(source: HFDirectory | PassthroughFile, checkpoint: Path | N
         return source.read(dict(rules_for(shape.family).tied)[vocabulary_names(shape)["weight"]])
     assert checkpoint is not None
     with DcpReader(checkpoint / "model") as reader:
-        return reader.read(WORD_EMBEDDINGS)[: shape.vocab_size]
+        return reader.read(rules_for(shape.family).checkpoint_key(WORD_EMBEDDINGS)[0])[: shape.vocab_size]
 
 
 def require_new_weights(path: str, names: Sequence[str], what: str, new_weights: bool) -> None:

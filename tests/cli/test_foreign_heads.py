@@ -7,8 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sentence_transformers import SparseEncoder
 
+from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.errors import CheckpointError
 from tests.helpers.foreign_heads import TEXTS, changed, copied, opened, sparse_model
 from tests.helpers.foreign_rerankers import decoder, edit, encoder, own_scores, saved, stock_scores
@@ -165,7 +167,7 @@ def test_the_tables_name_every_tied_output_matrix():
         assert name in dict(rules_for(family).tied), family
 
 
-def begun(directory):
+def begun(directory, overrides=()):
     """(the lines of the log, the head's parameters) of a run that begins with the directory. Called by all ranks."""
     from megatron_embed.config.load import config_of_overrides
     from megatron_embed.loading.model_directory import find_model, load_model_chunks
@@ -179,7 +181,7 @@ def begun(directory):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        config = config_of_overrides([f"model.path={directory}", "model.dtype=float32"])
+        config = config_of_overrides([f"model.path={directory}", "model.dtype=float32", *overrides])
         chunks = load_model_chunks(find_model(directory), config, initialize(config.parallel), new_weights=True)
     finally:
         logger.removeHandler(handler)
@@ -196,7 +198,25 @@ def test_a_run_begins_with_what_there_is_and_names_what_is_new(tmp_path):
     stored = tensors_of(path)
     assert head["bias"].equal(stored["cls.predictions.bias"]) and head["bias"].std() > 0.1
     assert head["dense.bias"].equal(stored["cls.predictions.transform.dense.bias"])
-    assert head["norm.weight"].equal(torch.ones(32)) and 0.01 < float(head["dense.weight"].std()) < 0.03
+    assert head["norm.weight"].equal(torch.ones(32)) and head["dense.weight"].equal(torch.eye(32))
+
+
+def test_a_new_head_begins_with_weights_for_few_tokens(tmp_path):
+    """Its transform passes states on, and its logits begin 4 lengths of an embedding below 0, in each layout."""
+    path = tmp_path / "model"
+    shutil.copytree(sparse_model(tmp_path / "source"), path)
+    tensors = {name: tensor for name, tensor in tensors_of(path).items() if not name.startswith("cls.")}
+    save_file(tensors, path / "model.safetensors")
+    hf_to_megatron(path, tmp_path / "checkpoint")
+    embeddings = tensors["bert.embeddings.word_embeddings.weight"]
+    for ranks, directory in ((1, path), (2, path), (1, tmp_path / "checkpoint")):
+        overrides = [f"parallel.tensor_model_parallel_size={ranks}"]
+        shares = [head for _, head in run_on_ranks(begun, ranks, str(directory), overrides)]
+        assert all(head["dense.weight"].equal(torch.eye(32)) and not head["dense.bias"].any() for head in shares)
+        bias = torch.cat([head["bias"] for head in shares])
+        assert torch.allclose(bias[: len(embeddings)], -4 * embeddings.norm(dim=1).mean())
+        assert len(bias) > len(embeddings) or ranks == 1
+        assert not bias[len(embeddings) :].any()
 
 
 DAMAGED_RERANKERS = {
