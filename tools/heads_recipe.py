@@ -123,7 +123,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
 def by_ranking(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
     """nDCG@10 of every query, of each seed in order, by the name of the ranking."""
     found: dict[str, list[dict[str, float]]] = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
+    for row in sorted(rows, key=lambda row: (list(HEADS).index(row["head"]), row["seed"])):
         for name, scores in row["scores"].items():
             found.setdefault(name, []).append(scores)
     return found
