@@ -138,7 +138,7 @@ def _fitted(case: Case, metrics_under: Callable[[Variation], dict[str, float]]) 
 
 
 def _solved(points: Sequence[float], value_of: Callable[[float], float], wanted: float) -> Iterator[float]:
-    """Where a function, which may have steps, comes to the wanted value between two of the points."""
+    """Points, each between two of the given ones, at which a function, which may have steps, has the wanted value."""
     differences = [value_of(point) - wanted for point in points]
     for (left, right), (first, second) in zip(itertools.pairwise(points), itertools.pairwise(differences), strict=True):
         if not (math.isfinite(first) and math.isfinite(second)) or first * second > 0 or not first:

@@ -33,7 +33,7 @@ _OWN = ("torch", "megatron", "nvidia_resiliency_ext", "pathlib", "uuid", "collec
 """Packages whose objects may stand in `.metadata` beside those that are needed, and are left out."""
 _LARGEST_PICKLE = 256 << 20
 _LARGEST_NUMBER = 1 << 24
-"""Of those under which a pickle keeps objects to name them again: Python reserves memory for all numbers below one."""
+"""The largest number under which a pickle may keep an object: Python reserves memory for all numbers below it."""
 _RESERVING = ("PUT", "LONG_BINPUT", "FRAME")
 """Instructions of a pickle for which Python reserves memory before it has read so much."""
 _BUILTIN = {("builtins", "set"): set, ("builtins", "frozenset"): frozenset, ("builtins", "bytearray"): bytearray}

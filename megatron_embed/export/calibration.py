@@ -66,7 +66,7 @@ def sample_documents(records: RecordSet, most: int) -> list[str]:
     for index in range(count):
         documents = _documents(records[index * len(records) // count])
         chosen = range(index, index + min(len(documents), most // count))
-        texts |= dict.fromkeys(documents[place % len(documents)] for place in chosen)
+        texts |= dict.fromkeys(documents[turn % len(documents)] for turn in chosen)
     return list(texts)
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_PAIRS = 20000
-"""That are sampled, unless --max-pairs says otherwise."""
+"""Pairs that are sampled if --max-pairs is not given."""
 _UNIT = 1e-3
 """Lengths of unit vectors differ from 1 by less."""
 
