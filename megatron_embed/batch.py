@@ -107,6 +107,21 @@ class StepBatch:
     """Rows of the global batch by the name of their data set; empty if there is only one."""
     row_ids: Tensor | None = None
     """[num_queries] int64, each query's row in the data; None: they come from no data set."""
+    encoded_row: Tensor | None = None
+    """[rows that the model encodes] int64, the row in the micro-batches that has each row's tokens: itself, or an
+    earlier one of the same text, whose outputs it shares; None: each row itself."""
+
+    @property
+    def encoded_outputs(self) -> Tensor | None:
+        """[outputs] int64, for each output of the rows the index of the one that the model gives for it; None: itself.
+        See `encoded_row`."""
+        return self.encoded_row
+
+    @property
+    def num_texts(self) -> int:
+        """Rows that the model encodes, each repetition of a text counted."""
+        encoded = sum(micro.num_sequences for micro in self.micro_batches)
+        return encoded if self.encoded_row is None else self.encoded_row.numel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +164,10 @@ class EmbedBatch(StepBatch):
     @property
     def num_rows(self) -> int:
         return self.num_queries + self.num_documents
+
+    @property
+    def encoded_outputs(self) -> Tensor | None:
+        return None if self.encoded_row is None else self.outputs_of(self.encoded_row)
 
     def outputs_of(self, rows: Tensor) -> Tensor:
         """[outputs] int64, the indices of what the model gives for these rows, row after row: a vector each, or each

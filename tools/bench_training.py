@@ -3,7 +3,9 @@
 Each has its own process on the same cores, the same rows in the same order, no dropout and the same AdamW. They take
 one step each in turn; the other is stopped meanwhile. The time includes tokenization. Sentence Transformers pads a
 column to its longest text and runs bf16 with torch.autocast; ours packs and runs bf16 as `model.dtype: bfloat16`. The
-ratio is the median of the ratios of neighbouring steps.
+ratio is the median of the ratios of neighbouring steps. Ours runs twice: it encodes each text as often as it comes in a
+step, as the peer does, and once, as it does by default (`training.encode_repeated_texts`), which counts for rows in
+file order that share passages.
 """
 
 import argparse
@@ -59,23 +61,31 @@ def main() -> None:
 
 def compare_precisions(settings: Settings, arguments: argparse.Namespace) -> None:
     """Compare one-pass steps of both trainers in each precision."""
-    print("precision  Sentence Transformers rows/s  ours rows/s  ratio  our padding")
+    print("precision  Sentence Transformers rows/s  ours rows/s  ratio  our padding  "
+          "each text once rows/s  ratio  repeated")
     with tempfile.TemporaryDirectory() as folder:
         sides = {}
         for precision in arguments.precision:
-            peer, ours = Path(folder) / f"peer-{precision}", Path(folder) / f"ours-{precision}"
+            peer = Path(folder) / f"peer-{precision}"
             sides["peer", precision] = (peer_command(settings, peer, precision=precision), peer)
-            sides["ours", precision] = (our_command(
-                settings, ours, layout=Layout(name="1 rank"), dtype=DTYPES[precision],
-                micro_batch_size=arguments.micro_batch_size or settings.batch_size), ours)
+            for side, repeated_texts in (("ours", "each"), ("once", "auto")):
+                ours = Path(folder) / f"{side}-{precision}"
+                sides[side, precision] = (our_command(
+                    settings, ours, layout=Layout(name="1 rank"), dtype=DTYPES[precision],
+                    micro_batch_size=arguments.micro_batch_size or settings.batch_size,
+                    repeated_texts=repeated_texts), ours)
         timings = run_in_turn(sides, threads=settings.threads, steps=settings.steps)
-        padding = {precision: padding_of(sides["ours", precision][1]) for precision in arguments.precision}
+        padding = {precision: median_of(sides["ours", precision][1], "padding_fraction")
+                   for precision in arguments.precision}
+        repeated = {precision: median_of(sides["once", precision][1], "repeated_fraction")
+                    for precision in arguments.precision}
     counted = {side: timing.seconds[arguments.warmup_steps :] for side, timing in timings.items()}
     rows = {side: settings.batch_size / statistics.median(values) for side, values in counted.items()}
     for precision in arguments.precision:
-        ratio = speedup(counted["peer", precision], counted["ours", precision])
+        ratio, once = (speedup(counted["peer", precision], counted[side, precision]) for side in ("ours", "once"))
         print(f"{precision:>9}  {rows['peer', precision]:28.2f}  {rows['ours', precision]:11.2f}  {ratio:5.2f}  "
-              f"{padding[precision]:11.4f}", flush=True)
+              f"{padding[precision]:11.4f}  {rows['once', precision]:21.2f}  {once:5.2f}  {repeated[precision]:8.3f}",
+              flush=True)
     if set(arguments.precision) == set(DTYPES):
         print(f"ours, bf16 / fp32: {speedup(counted['ours', 'fp32'], counted['ours', 'bf16']):.2f}")
 
@@ -115,10 +125,10 @@ def losses_of(output: Path) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def padding_of(output: Path) -> float:
-    """Median padding fraction of one of our runs."""
+def median_of(output: Path, metric: str) -> float:
+    """Median of a metric over the steps of one of our runs; 0 in steps without it."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return statistics.median(json.loads(line)["padding_fraction"] for line in lines)
+    return statistics.median(json.loads(line).get(metric, 0.0) for line in lines)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,11 @@ def run_ours(settings: Settings, output: Path, *, layout: Layout, micro_batch_si
 
 def our_command(settings: Settings, output: Path, *, layout: Layout, micro_batch_size: int,
                 dtype: str | None = "float32", export: bool = False, negatives: str = "global_batch",
-                keep_activations: int | str = "auto") -> list[str]:
-    """Write our trainer's configuration (`dtype`: None omits it). Returns the command that runs it."""
+                keep_activations: int | str = "auto", repeated_texts: str = "each") -> list[str]:
+    """Write our trainer's configuration (`dtype`: None omits it). Returns the command that runs it.
+
+    By default each text is encoded as often as it comes, as the peer does.
+    """
     output.mkdir(parents=True)
     checkpoint = {"directory": str(output / "checkpoints"), "export_at_end": str(output / "model"), "keep": 1}
     config = {
@@ -111,7 +114,8 @@ def our_command(settings: Settings, output: Path, *, layout: Layout, micro_batch
         "parallel": {"tensor_model_parallel_size": layout.tensor_model_parallel_size},
         "training": {"global_batch_size": settings.batch_size, "micro_batch_size": micro_batch_size,
                      "train_steps": settings.steps, "learning_rate": settings.learning_rate, "warmup_steps": 0,
-                     "lr_decay_style": "constant", "keep_activations": keep_activations},
+                     "lr_decay_style": "constant", "keep_activations": keep_activations,
+                     "encode_repeated_texts": repeated_texts},
         "checkpoint": checkpoint if export else {},
         "logging": {"directory": str(output), "every_steps": 1, "tensorboard": False},
     }
@@ -188,10 +192,10 @@ def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, step
             for name, (command, output) in sides.items():
                 process, start = running[name], time.perf_counter()
                 os.killpg(process.pid, signal.SIGCONT)
-                while len(_steps(output)) < step:
+                while len(_steps(output)) < step:  # each look takes time from the trainer: at most 1 % of it
                     if process.poll() is not None:
                         _fail(command, process.returncode, output)
-                    time.sleep(0.002)
+                    time.sleep(0.02)
                 timings[name].seconds.append(time.perf_counter() - start)
                 timings[name].peak_mib = peak_memory_mib(process.pid)
                 if step < steps:

@@ -163,7 +163,7 @@ def _micro_batch(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
     batch, training = _built(case, loader), case.replay.inputs.config.training
     if training.micro_batch_tokens is not None or not isinstance(batch, EmbedBatch):
         return
-    hashes = set_hashes(text_hashes(batch.micro_batches, batch.num_rows)[0])
+    hashes = set_hashes(text_hashes(batch)[0])
     documents = np.zeros(batch.num_queries, np.uint64)
     np.add.at(documents, batch.document_query.numpy(), hashes[batch.num_queries :])
     causes = []
@@ -178,7 +178,7 @@ def _micro_batch(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
 def _one_text(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
     """One text is missing, there twice, or has been changed."""
     batch = _built(case, loader)
-    hashes, _ = text_hashes(batch.micro_batches, batch.num_rows)
+    hashes, _ = text_hashes(batch)
     for role, part in (("query", slice(0, _num_queries(batch))), ("document", slice(_num_queries(batch), None))):
         difference = (hash_of(case.record, f"{role}_set") - int(_replayed(case, f"{role}_set"), 16)) % _MODULUS
         own = set_hashes(hashes[part]).tolist()

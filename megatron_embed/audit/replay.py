@@ -144,8 +144,7 @@ class Replay:
         embeddings = embed(gradients.chunks, changed, self.topology)
         if embeddings is None:
             return self.from_last_stage({})
-        result = objective(embeddings, batch, total=objective.total(batch))
-        return self.from_last_stage(result.sums.metrics())
+        return self.from_last_stage(gradients.loss(embeddings, batch).sums.metrics())
 
     def from_last_stage(self, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics that the last pipeline stage has, on every stage."""

@@ -66,6 +66,24 @@ def check_kept_activations(config: "RunConfig") -> None:
             "micro-batch again; set it to 0 or auto")
 
 
+def why_encode_each(config: "RunConfig") -> str | None:
+    """The reason why repeated texts cannot share one vector in any model; None: they can."""
+    if not config.workload.couples_batch:
+        return "with a loss within micro-batches each of them has its own texts"
+    if config.has_dropout:
+        return "dropout (training.hidden_dropout, training.attention_dropout or lora.dropout) differs between copies"
+    if config.model.scales_by_micro_batch:
+        return "model.fp8_recipe = tensorwise scales by all tokens of a micro-batch"
+    return None
+
+
+def check_repeated_texts(config: "RunConfig") -> None:
+    """Refuse one encoding of repeated texts where it would change the result."""
+    asked, reason = config.training.encode_repeated_texts, why_encode_each(config)
+    require(asked != "once" or reason is None, "training.encode_repeated_texts", asked,
+            f"is not the same here: {reason}; set it to auto or each")
+
+
 def check_quantization(config: "RunConfig") -> None:
     """Refuse settings that do not go with `model.quantization`."""
     model, kind = config.model, config.model.quantization

@@ -21,6 +21,7 @@ from megatron_embed.config.run_checks import (
     check_kept_activations,
     check_other_models,
     check_quantization,
+    check_repeated_texts,
     check_reranker_run,
     check_transformer_engine,
 )
@@ -191,6 +192,11 @@ class TrainingConfig:
     computing them again; same result, more memory. auto: as many as free memory holds by the estimate of `plan`, logged
     at the start; none in a pipeline. 0: none. Another number is kept whether it fits or not; for losses over the
     global batch, without a pipeline."""
+    encode_repeated_texts: Literal["auto", "once", "each"] = "auto"
+    """A text that several queries, or several documents, of a data-parallel rank's share of a step have. once: it is
+    encoded once, and its rows share the vector; the same gradient in less time. each: every time. auto: once where only
+    rounding differs, so not with dropout, nor in a mixture of experts with a load-balancing loss, which counts every
+    token. For losses over the global batch."""
     train_steps: int | None = None
     """Optimizer steps; null: from `epochs`, or 1000 if that is null too."""
     epochs: float | None = None
@@ -375,6 +381,7 @@ class RunConfig:
         check_first_pass(self)
         check_transformer_engine(self)
         check_kept_activations(self)
+        check_repeated_texts(self)
         check_quantization(self)
         check_head(self)
         check_dims_and_precisions(self)

@@ -11,6 +11,7 @@ import torch
 
 from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch
 from megatron_embed.data.records import Record, text_id
+from megatron_embed.data.repeated_texts import encoded_rows, first_rows
 from megatron_embed.data.row_vectors import RowVectors
 from megatron_embed.data.tokenized import TokenizedRows
 from megatron_embed.data.tokenizer import RoleTokenizer
@@ -35,6 +36,8 @@ class PackingSpec:
     """All micro-batches get the size of the largest, for pipelines, whose messages have one shape."""
     keep_groups_together: bool = False
     """Under a budget, a query shares the micro-batch of its documents."""
+    encode_once: bool = False
+    """A text that several queries or several documents of a share have is in one micro-batch alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +145,15 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
     document_tokens = _tokenize_documents(texts[: len(owners)], owners, tokenizer)
     token_ids = query_tokens.token_ids + document_tokens.token_ids
     vectors = RowVectors.of(query_tokens, document_tokens)
-    bins = _bins([len(ids) for ids in token_ids], sizes * documents.embedded, packing)
+    lengths = [len(ids) for ids in token_ids]
+    encoded = first_rows(query_tokens, document_tokens) if packing.encode_once else list(range(len(lengths)))
+    bins = _bins(lengths, sizes * documents.embedded, packing, encoded)
     most_queries = max(sum(row < len(records) for row in rows) for rows in bins)
     positives = [record.positive[: documents.most_positives] for record in records]
     return EmbedBatch(
         micro_batches=pack_bins(bins, token_ids, packing, tokenizer.pad_token_id, tokens=packing.micro_batch_tokens,
                                 vectors=vectors),
-        vector_counts=None if vectors is None else vectors.counts,
+        vector_counts=None if vectors is None else vectors.counts, encoded_row=encoded_rows(encoded),
         dense_rows=0 if vectors is None else vectors.dense_rows,
         num_queries=len(records), num_documents=len(texts), positive_index=torch.from_numpy(first),
         is_positive=torch.tensor([index < len(record.positive[: documents.positives])
@@ -182,18 +187,26 @@ def _tokenize_documents(texts: Sequence[str], records: Sequence[Record], tokeniz
     return tokenized
 
 
-def _bins(lengths: list[int], sizes: np.ndarray, packing: PackingSpec) -> list[list[int]]:
+def _bins(lengths: list[int], sizes: np.ndarray, packing: PackingSpec, encoded: list[int]) -> list[list[int]]:
     """Row indices of each micro-batch, for `build_embed_batch`.
 
     Args:
         lengths: tokens of every row: the queries, then their documents.
         sizes: [queries] int64, documents of each query.
+        encoded: for each row the one that is encoded in its place, see `first_rows`; changed where a micro-batch would
+            have no row left, whose first one then is encoded itself.
     """
     if packing.micro_batch_tokens is not None and not packing.keep_groups_together:
-        return pack_to_budget(lengths, packing.micro_batch_tokens)
+        own = [row for row, other in enumerate(encoded) if row == other]
+        bins = pack_to_budget([lengths[row] for row in own], packing.micro_batch_tokens)
+        return [[own[index] for index in rows] for rows in bins]
     ends = len(sizes) + np.cumsum(sizes)
     rows = [[row, *range(end - size, end)] for row, (end, size) in enumerate(zip(ends, sizes, strict=True))]
-    return bins_of_groups(rows, lengths, packing)
+    bins = bins_of_groups(rows, lengths, packing)
+    for whole in bins:
+        if all(encoded[row] != row for row in whole):
+            encoded[whole[0]] = whole[0]  # ranks agree on the number of micro-batches without a message
+    return [[row for row in whole if encoded[row] == row] for whole in bins]
 
 
 def bins_of_groups(groups: Sequence[Sequence[int]], lengths: Sequence[int], packing: PackingSpec) -> list[list[int]]:

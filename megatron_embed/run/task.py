@@ -14,6 +14,7 @@ import torch
 from megatron_embed import __version__
 from megatron_embed.checkpoint.load import steps_done
 from megatron_embed.config.load import to_dict
+from megatron_embed.config.run_checks import why_encode_each
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.index_store import IndexPlace
@@ -144,7 +145,17 @@ class Task(ABC):
         training, parallel = self.config.training, self.config.parallel
         return PackingSpec(
             micro_batch_size=training.micro_batch_size, micro_batch_tokens=training.micro_batch_tokens,
-            alignment=token_alignment(parallel), uniform_size=parallel.pipeline_model_parallel_size > 1)
+            alignment=token_alignment(parallel), uniform_size=parallel.pipeline_model_parallel_size > 1,
+            encode_once=self._encodes_once)
+
+    @property
+    def _encodes_once(self) -> bool:
+        """Whether a text that several rows of a share have is encoded once; see `training.encode_repeated_texts`."""
+        training = self.config.training
+        if training.encode_repeated_texts != "auto":
+            return training.encode_repeated_texts == "once"
+        balances = self.model.shape.num_experts > 0 and training.moe_aux_loss_coefficient > 0
+        return not balances and why_encode_each(self.config) is None
 
     @property
     def index_place(self) -> IndexPlace:

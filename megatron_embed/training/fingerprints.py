@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_embed.batch import EmbedBatch, MicroBatch, RerankBatch, StepBatch
+from megatron_embed.batch import EmbedBatch, RerankBatch, StepBatch
 from megatron_embed.data.permutation import mixed
 
 HASHES = ("row_set", "row_order", "query_set", "query_order", "document_set", "document_order", "labels")
@@ -34,7 +34,7 @@ def fingerprint(batch: StepBatch, first_query: int) -> NDArray[np.uint64]:
     """
     assert isinstance(batch, EmbedBatch | RerankBatch)
     places = _places(batch, first_query)
-    texts, lengths = text_hashes(batch.micro_batches, len(places))
+    texts, lengths = text_hashes(batch)
     queries = batch.num_queries if isinstance(batch, EmbedBatch) else 0
     rows = np.zeros(0, np.uint64) if batch.row_ids is None else row_hashes(batch.row_ids.numpy())
     sums = [rows.sum(), in_order(rows, np.arange(first_query, first_query + len(rows)))]
@@ -72,11 +72,11 @@ def in_order(hashes: Hashes, places: NDArray[np.int64]) -> np.uint64:
     return total
 
 
-def text_hashes(micro_batches: Sequence[MicroBatch], num_rows: int) -> tuple[Hashes, NDArray[np.int64]]:
+def text_hashes(batch: EmbedBatch | RerankBatch) -> tuple[Hashes, NDArray[np.int64]]:
     """([rows] hash of each text's token ids, token types and positions, [rows] its tokens), by local row index; 0 where
-    no micro-batch has the row."""
-    hashes, lengths = np.zeros(num_rows, np.uint64), np.zeros(num_rows, np.int64)
-    for micro in micro_batches:
+    no micro-batch has the row or the one that it shares its text with."""
+    hashes, lengths = np.zeros(batch.num_rows, np.uint64), np.zeros(batch.num_rows, np.int64)
+    for micro in batch.micro_batches:
         if micro.repeated:
             continue
         bounds = micro.cu_seqlens.numpy().astype(np.int64)
@@ -88,6 +88,9 @@ def text_hashes(micro_batches: Sequence[MicroBatch], num_rows: int) -> tuple[Has
         # Added, so that a row which is there twice has another hash.
         np.add.at(hashes, rows, np.add.reduceat(mixed(values, _TOKENS), bounds[:-1]))
         np.add.at(lengths, rows, np.diff(bounds))
+    if batch.encoded_row is not None:
+        encoded = batch.encoded_row.numpy()
+        hashes[: len(encoded)], lengths[: len(encoded)] = hashes[encoded], lengths[encoded]
     return hashes, lengths
 
 

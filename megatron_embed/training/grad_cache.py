@@ -13,7 +13,7 @@ the loss needs no other micro-batch, one ordinary forward and backward pass is e
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import torch
@@ -73,7 +73,7 @@ class GradCache(Generic[Batch]):
         rng = get_all_rng_states() if self.has_dropout else None
         rest = batches[kept:] if self.first_pass is None else self._merged(batch.micro_batches[kept:])
         embeddings = embed(self.chunks, rest, self.topology, before=list(zip(batches, outputs, strict=False)))
-        grad = self._loss(embeddings, batch)                                     # needs other data-parallel ranks' rows
+        grad = None if embeddings is None else self.loss(embeddings, batch)      # needs other data-parallel ranks' rows
         if rng is not None:
             set_all_rng_states(*rng)                                             # pass 2 drops what pass 1 dropped
         factor = surrogate_factor(len(batches), self.topology.dp_size)
@@ -92,11 +92,14 @@ class GradCache(Generic[Batch]):
     def one_pass(self, batch: Batch, batches: list[DeviceMicroBatch]) -> Sums:
         """A loss within each micro-batch, inside the schedule; it may communicate over the data-parallel ranks."""
         parts = [batch] if len(batches) == 1 else self.objective.split(batch)
+        assert len(batches) == 1 or batch.encoded_outputs is None, "a part may lack the row of its text"
         factor, total = surrogate_factor(len(batches), self.topology.dp_size), self.objective.total(batch)
 
         def micro_batch_loss(index: int) -> Any:
             # The rows of a part have the order that they have in the whole batch.
-            part, order = parts[index], torch.argsort(batches[index].valid_rows)
+            part, (rows, order) = parts[index], batches[index].valid_rows.sort()
+            if part.encoded_outputs is not None:
+                order = order[torch.searchsorted(rows, part.encoded_outputs.to(rows.device))]
 
             def loss(output: Tensor) -> tuple[Tensor, Tensor]:
                 embeddings = output[order]
@@ -115,9 +118,9 @@ class GradCache(Generic[Batch]):
         embeddings = embed(self.chunks, batches, self.topology)
         if embeddings is None:
             return self._broadcast_from_last_stage(None)
-        total = self.objective.total(batch)
         if self.objective.couples_batch:
-            return self._broadcast_from_last_stage(self.objective(embeddings, batch, total=total).sums.values)
+            return self._broadcast_from_last_stage(self.loss(embeddings, batch).sums.values)
+        total = self.objective.total(batch)
         values = []
         for part, micro in zip(self.objective.split(batch), batches, strict=True):
             values.append(self.objective(embeddings[micro.valid_rows.sort().values], part, total=total).sums.values)
@@ -132,11 +135,19 @@ class GradCache(Generic[Batch]):
         return [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal,
                           shape=model.shape, passes=model.passes) for micro in micro_batches]
 
-    def _loss(self, embeddings: Tensor | None, batch: Batch) -> LossGradient | None:
-        """The objective's result on the last stage, None elsewhere."""
-        if embeddings is None:
-            return None
-        return self.objective(embeddings, batch, total=self.objective.total(batch))
+    def loss(self, embeddings: Tensor, batch: Batch) -> LossGradient:
+        """The objective's result for what the model gave for the rows of the micro-batches. Called on the last stage;
+        communicates over the data-parallel group, as the objective does.
+
+        Rows that share the outputs of another row (`StepBatch.encoded_row`) add their gradients to that row's.
+        """
+        total, shared = self.objective.total(batch), batch.encoded_outputs
+        if shared is None:
+            return self.objective(embeddings, batch, total=total)
+        shared = shared.to(embeddings.device, non_blocking=True)
+        of_rows = self.objective(embeddings[shared], batch, total=total)
+        added = torch.zeros_like(of_rows.embeddings).index_add_(0, shared, of_rows.embeddings)
+        return replace(of_rows, embeddings=added)
 
     def _broadcast_from_last_stage(self, values: Tensor | None) -> Sums:
         """The last stage's sums on every stage."""

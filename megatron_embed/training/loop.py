@@ -64,6 +64,8 @@ class Loaded:
     """Sum over the step's texts of the squares of their lengths in tokens."""
     truncated_fraction: float
     """Share of the step's texts that were cut to their role's length."""
+    repeated_fraction: float
+    """Share of the step's texts that were not encoded again; see `training.encode_repeated_texts`."""
     signalled: bool
     """Some rank was told to stop."""
     time_is_up: bool
@@ -75,7 +77,7 @@ class Loaded:
 def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
     """The batch of a step, or on every rank the error of the lowest rank that has one: of its writer, or of this batch.
 
-    One all-reduce of eight numbers over the world, between the CPUs, with a token budget two more of a few; an error
+    One all-reduce of nine numbers over the world, between the CPUs, with a token budget two more of a few; an error
     alone costs another collective. The world and not the data-parallel group: a file may change between two ranks of a
     replica that read the same rows.
     """
@@ -89,10 +91,11 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
     real = sum(micro.num_tokens for micro in micro_batches)
     padded = sum(micro.token_ids.numel() for micro in micro_batches)
     squares = sum(int(micro.cu_seqlens.diff().square().sum()) for micro in micro_batches)
-    texts, cut = sum(micro.num_sequences for micro in micro_batches), 0 if batch is None else batch.num_truncated
-    counts = torch.tensor([real, padded, squares, texts, cut, hooks.stop.signalled, hooks.stop.time_is_up,
+    encoded = sum(micro.num_sequences for micro in micro_batches)
+    texts, cut = (0, 0) if batch is None else (batch.num_texts, batch.num_truncated)
+    counts = torch.tensor([real, padded, squares, texts, encoded, cut, hooks.stop.signalled, hooks.stop.time_is_up,
                            error is not None], dtype=torch.float64)
-    real_sum, padded_sum, squares_sum, texts_sum, cut_sum, signalled, time_is_up, failed = sum_over(
+    real_sum, padded_sum, squares_sum, texts_sum, encoded_sum, cut_sum, signalled, time_is_up, failed = sum_over(
         counts, dist.group.WORLD).tolist()
     if failed:
         raise_on_all_ranks(error)
@@ -104,6 +107,7 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
         padded_sum = sum_over(torch.tensor([padded]), topology.dp_group).item() * copies
     return Loaded(batch=batch, tokens=real_sum / copies, padded_tokens=padded_sum / copies,
                   squared_lengths=squares_sum / copies, truncated_fraction=cut_sum / texts_sum,
+                  repeated_fraction=1 - encoded_sum / texts_sum,
                   signalled=signalled > 0, time_is_up=time_is_up > 0, wait_seconds=wait_seconds)
 
 
@@ -181,7 +185,8 @@ def metrics_of_rows(metrics: dict[str, float], loaded: Loaded, throughput: Throu
     throughput.note_wait(loaded.wait_seconds)
     speed = throughput.of_step(tokens=loaded.tokens, squared_lengths=loaded.squared_lengths,
                                padded_tokens=loaded.padded_tokens, seconds=seconds)
-    return {**of_set, **speed, "truncated_fraction": loaded.truncated_fraction}
+    repeated = {"repeated_fraction": loaded.repeated_fraction} if loaded.repeated_fraction else {}
+    return {**of_set, **speed, "truncated_fraction": loaded.truncated_fraction, **repeated}
 
 
 def save(hooks: Hooks, done: int, *, evaluation_owed: bool = False) -> None:

@@ -139,6 +139,8 @@ class Outcome:
     """Real tokens of the largest micro-batch."""
     bins: tuple[int, ...]
     """Micro-batches of each rank before the ranks agreed on their number."""
+    shared: int
+    """Rows of all ranks that share the vector of another row's text."""
     reference: Reference
 
     @property
@@ -566,4 +568,5 @@ def _outcome(results: Sequence[RankResult], reference: Reference) -> Outcome:
         error=max(errors)[0], worst=max(errors)[1], wrong_steps=sum(error > BOUND for error, _ in errors),
         loss=worst_loss, loss_error=abs(worst_loss - reference.loss) / reference.loss,
         norm_error=max(abs(rank.norm - reference.norm) for rank in results) / reference.norm,
-        tokens=max(rank.tokens for rank in results), bins=tuple(rank.bins for rank in results), reference=reference)
+        tokens=max(rank.tokens for rank in results), bins=tuple(rank.bins for rank in results),
+        shared=sum(rank.shared for rank in results), reference=reference)

@@ -43,6 +43,8 @@ class RankResult:
     tokens: int
     bins: int
     """Micro-batches of this rank before the ranks agreed."""
+    shared: int
+    """Rows of this rank that share the vector of another row's text."""
 
 
 def run_cases(cases: Sequence[Case], folder: str) -> list[RankResult]:
@@ -113,7 +115,9 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
         compare = squared_errors_of_adapters if case.adapters else squared_errors
         errors.append(compare(chunks, topology, folder / f"gradients-{case.reference}"))
     return RankResult(squared_errors=errors, losses=losses, norm=norm,
-                      tokens=max(part.num_tokens for part in batch.micro_batches), bins=bins)
+                      tokens=max(part.num_tokens for part in batch.micro_batches), bins=bins,
+                      shared=batch.num_texts - sum(part.num_sequences for part in batch.micro_batches
+                                                   if not part.repeated))
 
 
 def _load_batch(case: Case, config: RunConfig, folder: Path, topology: Any,
@@ -129,7 +133,7 @@ def _load_batch(case: Case, config: RunConfig, folder: Path, topology: Any,
     packing = PackingSpec(
         micro_batch_size=config.training.micro_batch_size, alignment=token_alignment(config.parallel),
         uniform_size=topology.pp_size > 1, micro_batch_tokens=case.tokens,
-        keep_groups_together=case.negatives == "micro_batch")
+        keep_groups_together=case.negatives == "micro_batch", encode_once=case.encode_once)
     with BatchLoader(records, sampler, tokenizer_of(folder / case.model, ROWS[case.rows], joint), packing,
                      DocumentsPerQuery(negatives=NUM_NEGATIVES, embedded=case.others != "query side"),
                      dp_rank=topology.dp_rank, dp_size=topology.dp_size) as loader:

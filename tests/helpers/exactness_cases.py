@@ -151,6 +151,11 @@ class Case:
     """What vectors by another model are for; empty: there is none."""
 
     @property
+    def encode_once(self) -> bool:
+        """Whether repeated texts share a vector, as `training.encode_repeated_texts: auto` decides."""
+        return self.negatives == "global_batch" and not self.aux
+
+    @property
     def model(self) -> str:
         """Name of the model's directory."""
         if self.sparse:

@@ -83,6 +83,7 @@ def check(oracle, cases):
             assert outcome.tokens >= 8192
         if case.tokens is not None and case.others != "query side":  # whose bins hold little
             assert len(set(outcome.bins)) > 1, f"{case}: the ranks had nothing to agree on"
+        assert bool(outcome.shared) == (case.encode_once and ROWS[case.rows].masked), f"{case}: {outcome}"
 
 
 @pytest.mark.parametrize("cases", by_layout(FAST), ids=lambda cases: str(cases[0].layout))
