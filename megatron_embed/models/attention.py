@@ -19,6 +19,7 @@ from megatron_embed.models.head_exchange import join_heads, split_heads
 from megatron_embed.models.long_attention import long_attention
 from megatron_embed.models.relative_bias import PositionBias
 from megatron_embed.models.segments import SegmentGroup
+from megatron_embed.models.sequence_attention import sequence_attention
 from megatron_embed.platform.compat import (
     AttnMaskType,
     MegatronModule,
@@ -42,6 +43,9 @@ class PackedSequences(PackedSeqParams):
     max_seqlen: int = 0
     num_tokens: int = 0
     """Real tokens; the bin's padding comes after them."""
+    bounds: tuple[int, ...] | None = None
+    """`cu_seqlens` on the host, if every token of this rank sees all tokens of its sequence, or all before it; else
+    None."""
     groups: tuple[SegmentGroup, ...] = field(default_factory=tuple)
     """Groups of the SDPA path; empty for the other kernels."""
     calls: tuple[FlashCall, ...] | None = None
@@ -191,7 +195,9 @@ class PackedAttention(MegatronModule):
             group, bias = None, packed.bias
             packed = packed if bias is None else dataclasses.replace(packed, bias=bias.share_of(exchange))
             query, key, value = split_heads(query, key, value, exchange)
-        if packed.groups:
+        if self._takes_sequences(query, packed, dropout):
+            output = self._by_sequence(query, key, value, packed)
+        elif packed.groups:
             output = self._sdpa(query, *gather_bin(key, value, group), packed, dropout)
         else:
             assert packed.calls is not None and self.softcap is None, "the bin was prepared for another kernel"
@@ -211,6 +217,16 @@ class PackedAttention(MegatronModule):
             return contextlib.nullcontext()
         fork: AbstractContextManager[None] = get_cuda_rng_tracker().fork()
         return fork
+
+    def _takes_sequences(self, query: Tensor, packed: PackedSequences, dropout: float) -> bool:
+        return (query.device.type == "cpu" and packed.bounds is not None and packed.bias is None
+                and self.softcap is None and not dropout)
+
+    def _by_sequence(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        assert packed.bounds is not None
+        output = sequence_attention(query.float(), key.float(), value.float(), packed.bounds, causal=self.causal,
+                                    scale=self.scale)
+        return output.to(query.dtype)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, dropout: float) -> Tensor:
         heads, groups, head_dim, dtype = query.shape[1], key.shape[1], query.shape[2], query.dtype

@@ -32,8 +32,10 @@ def _packed_for(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], ke
     if kernel == "sdpa":
         groups = group_segments(micro_batch.cu_seqlens, chunks, causal, torch.device("cpu"), window,
                                 key_lengths=micro_batch.key_lengths)
-        packed.index_groups(groups, sum(stop - start for start, stop in chunks),
-                            keys_are_local=len(chunks) == 1 and micro_batch.key_lengths is None)
+        whole = len(chunks) == 1 and micro_batch.key_lengths is None
+        packed.index_groups(groups, sum(stop - start for start, stop in chunks), keys_are_local=whole)
+        if whole and (window is None or packed.max_seqlen <= window[0] + 1):
+            packed.bounds = tuple(micro_batch.cu_seqlens.tolist())
         return packed
     assert micro_batch.key_lengths is None, "only sdpa attends to a part of a text"
     if kernel == "flash":
