@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHORT = 256
-"""Tokens of the longest sequence whose probabilities are kept. Two Zen 3 cores with AVX2, 13,400 tokens in texts of 8
-to 256, 12 heads of 32, forward and backward: 190 ms, by the flash kernel over groups of like length 273. At 384 tokens
-both are as fast, at 512 the flash kernel is."""
+from megatron_embed.names import SHORT_SEQUENCE
+
 flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -46,7 +44,7 @@ class _SequenceAttention(torch.autograd.Function):
         kept = []
         for first, stop in pairwise(bounds):
             q, k, v, out = (tokens[first:stop].transpose(0, 1) for tokens in (query, key, value, output))
-            if stop - first > SHORT:
+            if stop - first > SHORT_SEQUENCE:
                 result, numbers = flash_forward(q[None], *_repeated(q, k, v), 0.0, causal, scale=scale)
             else:
                 numbers = _probabilities(_by_group(q, k), k, causal, scale)
@@ -66,7 +64,7 @@ class _SequenceAttention(torch.autograd.Function):
         for (first, stop), numbers in zip(pairwise(bounds), kept, strict=True):
             q, k, v, out, grad = (tokens[first:stop].transpose(0, 1)
                                   for tokens in (query, key, value, output, gradient))
-            if stop - first > SHORT:
+            if stop - first > SHORT_SEQUENCE:
                 parts = flash_backward(grad[None], q[None], *_repeated(q, k, v), out[None], numbers, 0.0, causal,
                                        scale=scale)
                 parts = parts[0], *(part.view(len(k), -1, *part.shape[2:]).sum(dim=1) for part in parts[1:])

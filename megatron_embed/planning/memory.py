@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.vocabulary_shape import padded_vocabulary
-from megatron_embed.names import LOGIT_TILE_ELEMENTS, LOSS_TILE_ELEMENTS, MAXSIM_TILE_ELEMENTS, ROLES
+from megatron_embed.names import LOGIT_TILE_ELEMENTS, LOSS_TILE_ELEMENTS, MAXSIM_TILE_ELEMENTS, ROLES, SHORT_SEQUENCE
 from megatron_embed.planning.parameters import (
     AdaptedLinears,
     Held,
@@ -255,11 +255,21 @@ estimate."""
 
 
 def kept_tokens(config: RunConfig, shape: ModelShape, grid: Grid, spare: float,
-                adapted: AdaptedLinears | None = None) -> int:
+                adapted: AdaptedLinears | None = None, *, on_cpu: bool = False) -> int:
     """Tokens of a data-parallel rank whose activations fit into `spare` bytes of each of its ranks, without a
-    pipeline."""
-    each = activation_bytes(config, shape, grid, 0, adapted) * (1 + FRAGMENTATION)
-    return max(0, int(spare / each * grid.micro_batch_tokens))
+    pipeline; `on_cpu`: with the probabilities that attention keeps there."""
+    each = activation_bytes(config, shape, grid, 0, adapted)
+    each += probability_bytes(config, shape) * grid.micro_batch_tokens if on_cpu else 0
+    return max(0, int(spare / (each * (1 + FRAGMENTATION)) * grid.micro_batch_tokens))
+
+
+def probability_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """Bytes of attention's probabilities per token of a rank's layers that CPU ranks keep (sequence_attention.py), at
+    most."""
+    if config.training.recompute != "none":
+        return 0
+    longest = min(SHORT_SEQUENCE, max(config.data.max_length("query"), config.data.max_length("document")))
+    return 4 * shape.num_layers * shape.num_attention_heads * longest // config.parallel.tensor_model_parallel_size
 
 
 MAXSIM_TILES = 6

@@ -81,7 +81,8 @@ def build_kept_activations(config: RunConfig, shape: ModelShape, topology: Topol
         logger.info("training.keep_activations = auto keeps none: %s", reason)
         return None
     grid, spare = grid_of(config, topology.world_size), spare_memory(config, shape, topology)
-    tokens = kept_tokens(config, shape, grid, spare, adapted_linears(config, shape))
+    tokens = kept_tokens(config, shape, grid, spare, adapted_linears(config, shape),
+                         on_cpu=topology.device.type == "cpu")
     logger.info("training.keep_activations = auto: %.1f GiB of every rank hold the activations of %s tokens, the first "
                 "%d of the %d micro-batches of a step if all texts have their maximum length", spare / GIB,
                 f"{tokens:,}", min(tokens // grid.micro_batch_tokens, grid.num_microbatches), grid.num_microbatches)

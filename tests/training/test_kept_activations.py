@@ -1,5 +1,6 @@
 """Activations kept for the second pass change no bit; how many are kept, and by which memory."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from unittest import mock
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.config.load import load_config
+from megatron_embed.config.schema import DataConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.planning.advice import with_adapters
 from megatron_embed.planning.memory import GIB, grid_of, stage_memory
@@ -181,6 +183,11 @@ def test_auto_keeps_what_half_of_the_host_holds(tmp_path):
     assert one.tokens > 2 * two.tokens > 1000 and one.micro_batches is None
     assert f"{two.tokens:,} tokens" in line and "micro-batches of a step" in line
     assert kept_of(config, [GIB, GIB // 4])[0].tokens < two.tokens
+    # Attention keeps fewer probabilities of shorter texts, and none of those above 256 tokens.
+    of_lengths = {length: kept_of(dataclasses.replace(config, data=DataConfig(
+        query_max_length=length, document_max_length=length)), [GIB])[0].tokens for length in (64, 256, 512)}
+    assert of_lengths[64] > 1.05 * of_lengths[256]
+    assert of_lengths[512] == pytest.approx(of_lengths[256], rel=0.06)
     assert kept_of(config, [0])[0] is None
 
 
