@@ -73,12 +73,13 @@ gradient of the parameter and G* all of its gradients together. Bound: {bound:g}
 **Columns.** M: micro-batches per step and data-parallel rank; with a token budget (`micro_batch_tokens`) the ranks have
 the numbers given and are brought to the largest of them by splitting micro-batches or, where none can be split, by
 running one again. masked: queries, positives and documents repeat on several ranks, and `mask_duplicates` is on; the
-reference compares texts. micro-batch negatives: `negatives: micro_batch`; the reference compares each query with the
-documents of its micro-batch over the data-parallel ranks. N kept: the first N micro-batches keep their activations for
-the second pass (`keep_activations`). DO: distributed optimizer. aux: coefficient of the load-balancing loss; above 0
-the reference adds the same loss of the same micro-batches, averaged over them. Steps: how often the step was repeated;
-the error is the largest, and all were within the bound. SP is on with TP unless noted. EP and ETP split the experts
-over the ranks of the other sizes; they add no ranks.
+reference compares texts and encodes each. Except with negatives of a micro-batch or aux, a rank encodes repeated texts
+once (`encode_repeated_texts: auto`). micro-batch negatives: `negatives: micro_batch`; the reference compares each query
+with the documents of its micro-batch over the data-parallel ranks. N kept: the first N micro-batches keep their
+activations for the second pass (`keep_activations`). DO: distributed optimizer. aux: coefficient of the load-balancing
+loss; above 0 the reference adds the same loss of the same micro-batches, averaged over them. Steps: how often the step
+was repeated; the error is the largest, and all were within the bound. SP is on with TP unless noted. EP and ETP split
+the experts over the ranks of the other sizes; they add no ranks.
 
 """
 
