@@ -30,7 +30,8 @@ def sequence_attention(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[
         causal: a token sees itself and those before it, not all.
         scale: factor of the dot products.
     """
-    output: Tensor = _SequenceAttention.apply(query, key, value, bounds, causal, scale)
+    has_graph = torch.is_grad_enabled() and any(tokens.requires_grad for tokens in (query, key, value))
+    output: Tensor = _SequenceAttention.apply(query, key, value, bounds, causal, scale, has_graph)
     return output
 
 
@@ -39,7 +40,7 @@ class _SequenceAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], causal: bool,
-                scale: float) -> Tensor:
+                scale: float, has_graph: bool) -> Tensor:
         output = query.new_empty(query.shape)
         kept = []
         for first, stop in pairwise(bounds):
@@ -50,10 +51,11 @@ class _SequenceAttention(torch.autograd.Function):
                 numbers = _probabilities(_by_group(q, k), k, causal, scale)
                 result = torch.bmm(numbers, v)
             out.copy_(result.view(out.shape))
-            kept.append(numbers)
+            kept += [numbers] if has_graph else []
         output[bounds[-1]:] = 0.0
-        ctx.save_for_backward(query, key, value, output, *kept)
-        ctx.settings = bounds, causal, scale
+        if has_graph:
+            ctx.save_for_backward(query, key, value, output, *kept)
+            ctx.settings = bounds, causal, scale
         return output
 
     @staticmethod
@@ -75,7 +77,7 @@ class _SequenceAttention(torch.autograd.Function):
                 own.copy_(part.view(own.shape))
         for target in gradients:
             target[bounds[-1]:] = 0.0
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _by_group(queries: Tensor, keys: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """Attention by sequence on CPUs: values and gradients of torch's attention over each sequence alone, in float64."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as functional
 
+from megatron_embed.data.packing import pack
+from megatron_embed.models import sequence_attention as module
 from megatron_embed.models.attention import PackedAttention, PackedSequences
+from megatron_embed.models.packed_bins import _packed_for
 from megatron_embed.models.sequence_attention import sequence_attention
 from megatron_embed.names import SHORT_SEQUENCE as SHORT
 
@@ -74,6 +78,25 @@ def test_kept_numbers_are_those_of_short_sequences():
     assert max(tensor.numel() for tensor in kept) == (SHORT + 20) * 4 * HEAD_DIM
 
 
+def test_nothing_is_kept_without_gradients(monkeypatch):
+    """The probabilities of one sequence at a time are in memory; with gradients those of all."""
+    original, made, most = module._probabilities, [], []
+
+    def recorded(*arguments):
+        result = original(*arguments)
+        made.append(weakref.ref(result))
+        most.append(sum(reference() is not None for reference in made))
+        return result
+
+    monkeypatch.setattr(module, "_probabilities", recorded)
+    _, *inputs = projected(40, 4, 4)
+    with torch.no_grad():
+        without = sequence_attention(*inputs, (0, 10, 20, 30, 40), causal=False, scale=SCALE)
+    assert max(most) <= 2
+    assert torch.equal(sequence_attention(*inputs, (0, 10, 20, 30, 40), causal=False, scale=SCALE), without)
+    assert max(most) == 4
+
+
 def prepared(**fields):
     return PackedSequences(cu_seqlens=torch.tensor([0, 3]), num_tokens=3, max_seqlen=3, bounds=(0, 3), **fields)
 
@@ -88,3 +111,14 @@ def test_what_it_cannot_do_is_left_to_the_groups(packed, softcap, dropout, takes
     attention.softcap = softcap
     assert attention._takes_sequences(torch.zeros(3, 1, 8), packed, dropout) is takes
     assert not attention._takes_sequences(torch.zeros(3, 1, 8, device="meta"), packed, dropout)
+
+
+@pytest.mark.parametrize(("lengths", "window", "by_sequence"), [
+    ([31, 33], None, True), ([31, 32], None, False), ([8] * 20, None, False), ([8, 60], None, True),
+    ([40, 50], 50, True), ([40, 50], 49, True), ([40, 50], 48, False)])
+def test_bins_of_short_texts_and_windows_stay_in_groups(lengths, window, by_sequence):
+    micro_batch = pack([[1] * length for length in lengths], list(range(len(lengths))), tokens=None, alignment=1,
+                       pad_token_id=0)
+    packed = _packed_for(micro_batch, ((0, sum(lengths)),), "sdpa", False, None if window is None else (window, window))
+    assert packed.groups
+    assert packed.bounds == ((0, *itertools.accumulate(lengths)) if by_sequence else None)
