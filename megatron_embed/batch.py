@@ -119,7 +119,7 @@ class StepBatch:
 
     @property
     def num_texts(self) -> int:
-        """Rows that the model encodes, each repetition of a text counted."""
+        """Rows that the model encodes, each repetition of a text counted, before ranks agree on micro-batches."""
         encoded = sum(micro.num_sequences for micro in self.micro_batches)
         return encoded if self.encoded_row is None else self.encoded_row.numel()
 

@@ -193,10 +193,10 @@ class TrainingConfig:
     at the start; none in a pipeline. 0: none. Another number is kept whether it fits or not; for losses over the
     global batch, without a pipeline."""
     encode_repeated_texts: Literal["auto", "once", "each"] = "auto"
-    """A text that several queries, or several documents, of a data-parallel rank's share of a step have. once: it is
-    encoded once, and its rows share the vector; the same gradient in less time. each: every time. auto: once where only
-    rounding differs, so not with dropout, nor in a mixture of experts with a load-balancing loss, which counts every
-    token. For losses over the global batch."""
+    """How often a text is encoded that several queries, or several documents, of a data-parallel rank have in a step.
+    once: its rows share one vector; the same gradient in less time. each: as often as it comes. auto: once where that
+    changes nothing but rounding, so not with dropout, for losses within micro-batches, or in a mixture of experts with
+    a load-balancing loss, which counts every token. once is refused with the first two."""
     train_steps: int | None = None
     """Optimizer steps; null: from `epochs`, or 1000 if that is null too."""
     epochs: float | None = None

@@ -41,7 +41,8 @@ CUSTOM_SCALARS = {
         "seconds per step": ["Multiline", [r"train/step_seconds$"]],
         "seconds of waiting for data": ["Multiline", [r"train/data_wait_seconds$"]],
         "padding": ["Multiline", [r"train/padding_fraction$"]],
-        "texts that are cut": ["Multiline", [r"train/truncated_fraction$"]]},
+        "texts that are cut": ["Multiline", [r"train/truncated_fraction$"]],
+        "texts that share a vector": ["Multiline", [r"train/repeated_fraction$"]]},
     "Memory": {"GiB of the largest rank": ["Multiline", [r"train/memory_gib$"]]},
     "Data sets": {
         "share of the rows": ["Multiline", [r"train/row_share_.+$"]],
