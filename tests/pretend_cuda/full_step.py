@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from megatron_embed.batch import MicroBatch
+from megatron_embed.batch import MicroBatch, StepBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.kernels.operators import NAMESPACE
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel, build_model, to_device
@@ -361,7 +361,7 @@ def _run(config: RunConfig, shape: ModelShape, topology: Topology, batch: Any, m
     optimizer.zero_grad()
     resident = meter.live
     meter.part = "pass 1"
-    cache.two_pass(None, [batch])
+    cache.two_pass(StepBatch(micro_batches=(), num_truncated=0), [batch])
     meter.part = "optimizer"
     update(optimizer, copy_to_host(*squared_norms(optimizer)), loss=1.0)
     return resident
