@@ -138,8 +138,10 @@ def test_the_same_value_under_both_names_passes(tmp_path):
     for family, added in (("modernbert", {"sliding_window": 64, "head_dim": 8}),
                           ("t5", {"hidden_size": 32, "dense_act_fn": "relu", "is_gated_act": False}),
                           ("mixtral", {"num_local_experts": 4})):
+        (tmp_path / "config.json").write_text(json.dumps(values_of(family)), encoding="utf-8")
+        expected = model_shape(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps(values_of(family) | added), encoding="utf-8")
-        model_shape(tmp_path)
+        assert model_shape(tmp_path) == expected
 
 
 def test_null_means_what_it_means_in_transformers(tmp_path):
