@@ -24,6 +24,7 @@ from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, Emb
 from megatron_embed.models.passes import embed, forward, run_schedule
 from megatron_embed.objectives.base import Batch, LossGradient, Objective, Sums
 from megatron_embed.parallel.collectives import send_from_last
+from megatron_embed.parallel.device_copy import copy_to_device
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import forget_router_losses, get_all_rng_states, set_all_rng_states
 from megatron_embed.training.first_pass import FirstPass
@@ -99,7 +100,7 @@ class GradCache(Generic[Batch]):
             # The rows of a part have the order that they have in the whole batch.
             part, (rows, order) = parts[index], batches[index].valid_rows.sort()
             if part.encoded_outputs is not None:
-                order = order[torch.searchsorted(rows, part.encoded_outputs.to(rows.device))]
+                order = order[torch.searchsorted(rows, copy_to_device(part.encoded_outputs, rows.device))]
 
             def loss(output: Tensor) -> tuple[Tensor, Tensor]:
                 embeddings = output[order]
@@ -144,7 +145,7 @@ class GradCache(Generic[Batch]):
         total, shared = self.objective.total(batch), batch.encoded_outputs
         if shared is None:
             return self.objective(embeddings, batch, total=total)
-        shared = shared.to(embeddings.device, non_blocking=True)
+        shared = copy_to_device(shared, embeddings.device)
         of_rows = self.objective(embeddings[shared], batch, total=total)
         added = torch.zeros_like(of_rows.embeddings).index_add_(0, shared, of_rows.embeddings)
         return replace(of_rows, embeddings=added)
