@@ -118,27 +118,28 @@ def test_rerankers_wait_no_more(loss, tmp_path):
 
 
 def read_back_in_the_forward_pass(arguments):
-    """Runs in a worker: as `waits_of`, with a model that looks at its output."""
+    """Runs in a worker: as `waits_of`, with a model that looks at its output, and how often it looked."""
     from megatron_embed.models.encoder import EmbeddingModel
 
     right = EmbeddingModel.forward
+    looks = []
 
     def forward(model, batch):
         output = right(model, batch)
-        assert output.sum().item() is not None
+        looks.append(output.sum().item())
         return output
 
     with mock.patch.object(EmbeddingModel, "forward", forward):
-        return waits_of(arguments)
+        return *waits_of(arguments), len(looks)
 
 
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_a_new_read_back_is_counted(models, tmp_path):
     arguments = train_arguments(models["qwen3"], tmp_path / "run", "model.dtype=bfloat16")
-    ((counts, lines),) = run_on_ranks(read_back_in_the_forward_pass, 1, arguments)
+    ((counts, lines, looks),) = run_on_ranks(read_back_in_the_forward_pass, 1, arguments)
     # Under the name of its caller, for this file is not the package's.
     planted = {name: count for name, count in counts.items()
                if name.startswith("megatron.core.distributed.") and name.endswith(":forward")}
-    first_pass, second_pass = 1, 2  # micro-batches
-    assert sum(planted.values()) == (first_pass + second_pass) * STEPS and not planted.keys() & PER_STEP.keys(), lines
+    assert looks >= STEPS, "the model was not asked in every step"
+    assert sum(planted.values()) == looks and not planted.keys() & PER_STEP.keys(), lines
