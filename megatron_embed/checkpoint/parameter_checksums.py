@@ -59,6 +59,7 @@ class ParameterChecksums:
         self._once = [tensor for _, tensor in counted]
         self._normed = [tensor for key, tensor in counted if not key.endswith(".bias")]
         parameters = [parameter.detach() for model in models for parameter in model.parameters()]
+        self._device = parameters[0].device
         experts = {id(parameter) for model in models for parameter in model.parameters()
                    if not vars(parameter).get("allreduce", True)}
         marked = [parameter for model in models for parameter in model.parameters()]
@@ -98,12 +99,15 @@ class ParameterChecksums:
 
     def sample(self) -> list[int]:
         """[1 + 2 world] integers that ranks add up, for `of_sample`: some elements of each of this rank's parameters,
-        and the weights of the model's norms, of which every layer has some. No communication."""
+        and the weights of the model's norms, of which every layer has some. No communication. The host waits once."""
         world, rank = self._topology.world_size, self._topology.rank
         values = [0] * (1 + 2 * world)
-        values[0] = round(_square(self._norm_weights) * _FIXED_POINT)
-        for index, sample in enumerate(self._samples):
-            values[1 + index * world + rank] = _bits([torch.cat(views) for views in sample])
+        bits = [_sum_of_bits([torch.cat(views) for views in sample], self._device) for sample in self._samples]
+        square = _sum_of_squares(self._norm_weights, self._device)
+        *sums, square_bits = torch.stack([*bits, square.view(torch.int64)]).cpu()
+        values[0] = round(float(square_bits.view(torch.float64)) * _FIXED_POINT)
+        for index, total in enumerate(sums):
+            values[1 + index * world + rank] = int(total)
         return values
 
     def of_sample(self, values: Sequence[int]) -> tuple[float, list[int]]:
@@ -156,8 +160,13 @@ def _counted_once(models: Sequence[EmbeddingModel]) -> Iterator[tuple[str, Tenso
 
 def _bits(tensors: Sequence[Tensor]) -> int:
     """The sum of bits of tensors, modulo 2^64. The host waits once."""
+    return int(_sum_of_bits(tensors, tensors[0].device)) if tensors else 0
+
+
+def _sum_of_bits(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """As `_bits`, in an int64 on the tensors' device, for which the host does not wait."""
     sums = [tensor.contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
-    return int(torch.stack(sums).sum()) if sums else 0
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=device)
 
 
 def _signed(value: int) -> int:
@@ -166,9 +175,14 @@ def _signed(value: int) -> int:
 
 
 def _square(tensors: Sequence[Tensor]) -> float:
-    """The sum of squares of tensors, in float64. The host waits once."""
+    """The sum of squares of tensors. The host waits once."""
+    return float(_sum_of_squares(tensors, tensors[0].device)) if tensors else 0.0
+
+
+def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """As `_square`, in a float64 on the tensors' device, for which the host does not wait."""
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors if tensor.is_floating_point()]
-    return float(torch.stack(norms).square().sum()) if norms else 0.0
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
 
 
 def _minorities(leaders: Tensor, bits: Tensor) -> set[int]:

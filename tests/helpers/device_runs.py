@@ -14,9 +14,11 @@ SECONDS = 300.0
 
 
 def train_arguments(path: str, directory: Path, /, *overrides: str, **sections: dict[str, Any]) -> list[str]:
-    """Arguments of a run of `STEPS` steps of two micro-batches in float32; writes its YAML beside `directory`."""
+    """Arguments of a run of `STEPS` steps of two micro-batches in float32, each computed in both passes; writes its
+    YAML beside `directory`."""
     values = settings(path, directory)
-    values["training"] |= {"learning_rate": 1e-3, "lr_decay_style": "constant", "train_steps": STEPS}
+    values["training"] |= {"learning_rate": 1e-3, "lr_decay_style": "constant", "train_steps": STEPS,
+                           "keep_activations": 0}
     for section, keys in sections.items():
         values[section] = values.get(section, {}) | keys
     file = directory.with_suffix(".yaml")
