@@ -120,9 +120,11 @@ def stored(folder):
 def cut_rows(folder):
     """Keys of tensors of which some parts are not whole rows."""
     from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    tensors = FileSystemReader(folder / "model").read_metadata().state_dict_metadata
-    return {key for key, value in tensors.items() if any(chunk.sizes[-1] < value.size[-1] for chunk in value.chunks)}
+    stored = FileSystemReader(folder / "model").read_metadata().state_dict_metadata  # bytes among them, with 0.19
+    return {key for key, value in stored.items() if isinstance(value, TensorStorageMetadata)
+            and any(chunk.sizes[-1] < value.size[-1] for chunk in value.chunks)}
 
 
 def differing(one, other):

@@ -39,11 +39,11 @@ def test_bomb_is_refused_at_once(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configuration.yaml").write_text(text, encoding="utf-8")
     for read in (lambda: load_config("configuration.yaml", []), lambda: read_resolved("configuration.yaml")):
-        start = time.monotonic()
+        start = time.process_time()
         with pytest.raises(ConfigError) as caught:
             read()
         assert words in str(caught.value) and len(str(caught.value)) < 400
-        assert time.monotonic() - start < 10
+        assert time.process_time() - start < 10
 
 
 def test_bomb_on_the_command_line():

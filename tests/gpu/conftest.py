@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from tests.helpers.device_runs import SECONDS, curve_of, train_arguments
+from tests.helpers.device_runs import SECONDS, train
 from tests.helpers.families import save_family
 from tests.helpers.ranks import RankPool
-from tests.helpers.refusals import command
 from tests.helpers.toys import save_model
 
 
@@ -49,7 +48,6 @@ def cpu_curve(models, cpu_pool, tmp_path_factory):
 
     @functools.cache
     def run(kind):
-        results = cpu_pool.run(command, 1, (train_arguments(models[kind], folder / kind),), {}, SECONDS)
-        return curve_of(results, folder / kind)
+        return train(models[kind], folder / kind, pool=cpu_pool)
 
     return run

@@ -47,9 +47,17 @@ def test_tests_of_commands_pass_there_as_on_the_cpu(device, path):
     run_tests(device, "not slow", path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["tests/launch/test_two_nodes.py", "tests/models/test_te_layers.py"])
+def test_tests_of_whole_jobs_pass_there_as_on_the_cpu(device, path):
+    """Two torchrun nodes, and layers of Transformer Engine, whose stand-ins check what they are given."""
+    run_tests(device, "slow or not slow", path)
+
+
 def test_the_device_is_off_where_no_gpu_is_visible(device):
     """As `CUDA_VISIBLE_DEVICES=""` hides real ones: by it the tests get their CPU curves."""
-    done = subprocess.run([sys.executable, "-c", "import sys; print([f for f in sys.meta_path if 'Torch' in repr(f)])"],
+    finders = "import sys; print([finder for finder in sys.meta_path if 'sitecustomize' in repr(finder)])"
+    done = subprocess.run([sys.executable, "-c", finders],
                           env=device | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert os.environ.get("PRETEND_CUDA") is None

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.ranks import RankPool, run_on_ranks
 from tests.helpers.refusals import command, settings
 
 STEPS = 3
@@ -33,9 +33,12 @@ def call(arguments: list[Any], ranks: int = 1) -> str:
     return results[0][1]
 
 
-def train(path: str, directory: Path, /, *overrides: str, ranks: int = 1, **sections: dict[str, Any]) -> list[float]:
-    """The curve of a run on `ranks` GPUs."""
+def train(path: str, directory: Path, /, *overrides: str, ranks: int = 1, pool: RankPool | None = None,
+          **sections: dict[str, Any]) -> list[float]:
+    """The curve of a run on `ranks` GPUs, or on the ranks of `pool`."""
     arguments = train_arguments(path, directory, *overrides, **sections)
+    if pool is not None:
+        return curve_of(pool.run(command, ranks, (arguments,), {}, SECONDS), directory)
     return curve_of(run_on_ranks(command, ranks, arguments, timeout_seconds=SECONDS), directory)
 
 

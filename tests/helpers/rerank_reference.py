@@ -248,7 +248,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     optimizer = build_optimizer(config, wrapped, topology)
     step = GradCache(chunks=wrapped, models=chunks, topology=topology,
                      objective=Reranking(config.objective.loss, config.reranker, topology.dp_group),
-                     kernel=attention_kernel(config),
+                     kernel=attention_kernel(config, chunks[0].shape),
                      has_dropout=False)
     batch = _batch_of_rank(case, config, topology, tokenizer)
     for chunk in wrapped:

@@ -85,7 +85,7 @@ def build(config, rows=ROWS):
     shape = opened.chunks[0].shape
     kept = None if config.training.keep_activations == "auto" else build_kept_activations(config, shape, topology)
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
-                          kernel=attention_kernel(config), has_dropout=config.has_dropout,
+                          kernel=attention_kernel(config, shape), has_dropout=config.has_dropout,
                           first_pass=build_first_pass(config, shape, topology), kept=kept)
     share = rows // topology.dp_size
     records = real_records(rows)[topology.dp_rank * share : (topology.dp_rank + 1) * share]

@@ -80,7 +80,8 @@ class DotProductAttention(torch.nn.Module):
 
     def _attend(self, query, key, value, window, causal):
         """One sequence."""
-        ahead = torch.arange(len(key)) - torch.arange(len(query))[:, None]
+        places = [torch.arange(len(layer), device=query.device) for layer in (query, key)]
+        ahead = places[1] - places[0][:, None]
         mask = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
         mask = mask & (ahead >= -window[0]) if window[0] >= 0 else mask
         mask = mask & (ahead <= window[1]) if window[1] >= 0 else mask
@@ -178,7 +179,8 @@ def _modules():
                      "fp8_autocast": te_fp8.fp8_autocast},
         ".pytorch.optimizers": {"FusedAdam": FusedAdam},
         ".pytorch.ops": {"SwiGLU": te_linears.SwiGLU, "Sequential": Absent, "FusibleOperation": Absent},
-        ".pytorch.fp8": {**fp8, **supported}, ".pytorch.tensor": {"QuantizedTensor": Absent},
+        # Megatron-Core 0.19 imports fp8_model_init as well; ours keep no weights in FP8 alone.
+        ".pytorch.fp8": {**fp8, **supported, "fp8_model_init": None}, ".pytorch.tensor": {"QuantizedTensor": Absent},
         ".pytorch.attention": {}, ".pytorch.attention.rope": {"apply_rotary_pos_emb": None},  # ours are used
         ".pytorch.distributed": {"CudaRNGStatesTracker": Absent, "checkpoint": te_fp8.checkpoint},
         ".pytorch.module": {}, ".pytorch.module.base": {"initialize_ub": te_linears.initialize_ub}}

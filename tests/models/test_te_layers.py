@@ -67,7 +67,7 @@ def refuse_views(layer, inputs, outputs):
 
 
 def gradients_of(built):
-    return {name: parameter.main_grad.clone() for chunk in built.chunks
+    return {name: parameter.main_grad.detach().clone().cpu() for chunk in built.chunks
             for name, parameter in chunk.global_parameters().items() if parameter.requires_grad}
 
 

@@ -50,6 +50,20 @@ class Nccl final : public c10d::Backend {
     Tensor out = host(output), in = host(input).clone();
     return gloo_->_reduce_scatter_base(out, in, options);
   }
+  // Of parts that may differ in size; gloo has it of equal ones alone.
+  Work reduce_scatter(Tensors& outputs, TensorLists& inputs, const c10d::ReduceScatterOptions& options) override {
+    TORCH_CHECK(outputs.size() == 1 && inputs.size() == 1, "one device for each rank");
+    auto out = host(outputs), in = host(inputs[0]);
+    return one_by_one(in.size(), [&](size_t i) {
+      Tensors sum{in[i].clone()};
+      c10d::AllreduceOptions all;
+      all.reduceOp = options.reduceOp;
+      auto work = gloo_->allreduce(sum, all);
+      work->wait();
+      if (static_cast<int>(i) == getRank()) out[0].copy_(sum[0]);
+      return work;
+    });
+  }
   Work reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                        const c10d::ReduceScatterOptions& options) override {
     return one_by_one(outputs.size(), [&](size_t i) { return _reduce_scatter_base(outputs[i], inputs[i], options); });

@@ -1,4 +1,5 @@
-"""Imported by every Python process whose PYTHONPATH has this folder: gives torch the pretend device.
+"""Imported by every Python process whose PYTHONPATH has this folder: gives torch the pretend device, and bitsandbytes
+the library of its CPU kernels, which compute there as well; its CUDA library needs a driver.
 
 Only with PRETEND_CUDA=1, and not where CUDA_VISIBLE_DEVICES is empty, as on a real GPU.
 """
@@ -10,15 +11,14 @@ import sys
 from pathlib import Path
 
 
-class _TorchFinder(importlib.abc.MetaPathFinder):
-    """Finds torch with a loader that puts the device under it."""
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the packages of _LOADERS with loaders that prepare them."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "torch":
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        loader = _LOADERS.get(name)
+        spec = None if loader is None else importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None:
-            spec.loader = _TorchLoader(spec.loader.name, spec.loader.path)
+            spec.loader = loader(spec.loader.name, spec.loader.path)
         return spec
 
 
@@ -34,6 +34,18 @@ class _TorchLoader(importlib.machinery.SourceFileLoader):
         device.install(library)
 
 
+class _BitsandbytesLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module):
+        from unittest import mock
+
+        import torch
+
+        with mock.patch.object(torch.cuda, "is_available", return_value=False):
+            super().exec_module(module)
+
+
+_LOADERS = {"torch": _TorchLoader, "bitsandbytes": _BitsandbytesLoader}
+
 if os.environ.get("PRETEND_CUDA") == "1" and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
     sys.path.append(str(Path(__file__).resolve().parents[3]))
-    sys.meta_path.insert(0, _TorchFinder())
+    sys.meta_path.insert(0, _Finder())
