@@ -3,6 +3,7 @@
 import re
 
 from megatron_embed.config.foreign_values import plain
+from megatron_embed.config.foreign_word import is_off
 from megatron_embed.init.draft import Draft
 
 _METRIC = re.compile(r"(ndcg|mrr|map|recall|accuracy|precision)_?@?(\d+)")
@@ -147,6 +148,7 @@ def _translate_sharding(draft: Draft) -> None:
     """DeepSpeed's stages and FSDP: optimizer.distributed, and what to do for the rest."""
     zero, stage = draft.settings.take("deepspeed"), draft.settings.take("zero_stage")
     fsdp, offload = draft.settings.take("fsdp"), draft.settings.take("offload_optimizer")
+    zero = None if zero is not None and is_off("deepspeed", zero.value) else zero
     given = stage or zero
     level = None
     if given is not None:
@@ -162,7 +164,7 @@ def _translate_sharding(draft: Draft) -> None:
             shared = "gradients" if level == 2 else "gradients and parameters"
             draft.remark(f"{given.written}: ZeRO-{level} shards {shared} too; if memory is short, "
                          "parallel.tensor_model_parallel_size divides the model (`megatron-embed plan` computes it)")
-    elif fsdp is not None and fsdp.value not in (None, "", False):
+    elif fsdp is not None and not is_off("fsdp", fsdp.value):
         draft.set("optimizer.distributed", True, f"{fsdp.written}: optimizer state is sharded")
         draft.remark(f"{fsdp.written}: parameters are not sharded; parallel.tensor_model_parallel_size divides them")
     offloads = (offload is not None and plain(offload.value) in ("cpu", "true")) or (

@@ -232,6 +232,24 @@ def test_settings_that_are_null_change_nothing(tmp_path):
     assert not any(remark.startswith("push_to_hub") for remark in draft.remarks)
 
 
+def test_features_that_are_left_off_are_not_needed(tmp_path):
+    """A value that leaves off what is not supported asks for nothing; one that turns it on, or means more, does."""
+    path = tmp_path / "arguments.yaml"
+    off = {"push_to_hub": "false", "hub_model_id": '""', "label_smoothing_factor": "0.0", "use_dora": "False",
+           "lora_bias": "none", "additional_special_tokens": "[]", "trust_remote_code": "no"}
+    on = {"save_only_model": "true", "neftune_noise_alpha": "5", "init_lora_weights": "false", "start_layer": "0"}
+    path.write_text("".join(f"{name}: {value}\n" for name, value in (
+        {"model_name_or_path": "m", "quant_method": "none", "deepspeed": "null", "fsdp": "no", "use_lora": "off"}
+        | off | on).items()))
+    config, draft = config_of(str(path))
+    for name in (*off, *on):
+        (remark,) = [remark for remark in draft.remarks if remark.startswith(f"{name}: ")]
+        assert (": not needed: off, as it always is here" in remark, ": not supported: " in remark) == (
+            name in off, name in on), remark
+    assert config.lora.rank == 0 and config.model.quantization == "none"
+    assert not [remark for remark in draft.remarks if remark.startswith(("quant_method", "deepspeed", "fsdp", "use_l"))]
+
+
 def test_accumulation_of_a_batch_over_all_devices_is_the_one_that_is_written(tmp_path):
     path = tmp_path / "deepspeed.json"
     path.write_text('{"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8, "train_batch_size": 256}')
