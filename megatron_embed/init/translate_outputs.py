@@ -4,6 +4,7 @@ import re
 
 from megatron_embed.config.foreign_values import plain
 from megatron_embed.config.foreign_word import is_off
+from megatron_embed.config.schema import MOST_TIMEOUT_SECONDS
 from megatron_embed.init.draft import Draft
 
 _METRIC = re.compile(r"(ndcg|mrr|map|recall|accuracy|precision)_?@?(\d+)")
@@ -124,10 +125,7 @@ def translate_devices(draft: Draft) -> None:
         size = draft.whole(name, key)
         if size is not None and size[0] > 1:
             draft.set(key, size[0], size[1])
-    timeout = draft.settings.take("ddp_timeout")
-    if timeout is not None and isinstance(timeout.value, int):
-        seconds = timeout.value * (60 if "minutes" in timeout.written else 1)
-        draft.set("parallel.timeout_seconds", min(seconds, 1_000_000), timeout.written)
+    _translate_timeout(draft)
     for name, key in (("use_distributed_optimizer", "optimizer.distributed"), ("async_save", "checkpoint.async_save"),
                       ("use_precision_aware_optimizer", "optimizer.precision_aware"),
                       ("sequence_parallel", "parallel.sequence_parallel"),
@@ -142,6 +140,23 @@ def translate_devices(draft: Draft) -> None:
     if launch.devices is not None and launch.devices > 1:
         draft.remark(f"on {launch.devices} devices: torchrun --nproc-per-node N -m megatron_embed train FILE (N of one "
                      "node)")
+
+
+def _translate_timeout(draft: Draft) -> None:
+    """The wait of a collective; one beyond our limit, or none at all, is told in words."""
+    given = draft.number("ddp_timeout", "parallel.timeout_seconds")
+    if given is None:
+        return
+    timeout, written = given
+    seconds = timeout * (60 if "minutes" in written else 1)
+    if seconds > MOST_TIMEOUT_SECONDS:
+        draft.set("parallel.timeout_seconds", MOST_TIMEOUT_SECONDS, f"{written}: the longest here is eleven days")
+        draft.remark(f"{written}: longer than parallel.timeout_seconds can be, which is {MOST_TIMEOUT_SECONDS}, eleven "
+                     "days, in its place")
+    elif seconds >= 1:
+        draft.set("parallel.timeout_seconds", int(seconds), written)
+    else:
+        draft.remark(f"{written}: parallel.timeout_seconds must be above 0; it keeps its default")
 
 
 def _translate_sharding(draft: Draft) -> None:

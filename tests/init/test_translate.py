@@ -194,6 +194,22 @@ def test_spellings_of_options(options, expected):
         assert value_of(config, key) == (pytest.approx(value) if isinstance(value, float) else value), key
 
 
+@pytest.mark.parametrize("option, seconds, words", [
+    ("--ddp_timeout 1800", 1800, None), ("--ddp_timeout 1.8e3", 1800, None),
+    ("--distributed_timeout_minutes 30", 1800, None),
+    ("--ddp_timeout 180000000", 1_000_000,
+     "longer than parallel.timeout_seconds can be, which is 1000000, eleven days"),
+    ("--distributed_timeout_minutes 60000", 1_000_000, "longer than parallel.timeout_seconds can be"),
+    ("--ddp_timeout 1e999", 1_000_000, "longer than parallel.timeout_seconds can be"),
+    ("--ddp_timeout 0", 600, "parallel.timeout_seconds must be above 0; it keeps its default"),
+    ("--ddp_timeout 30m", 600, "not a number; set parallel.timeout_seconds to its value")])
+def test_a_timeout_that_is_not_taken_as_it_is_has_a_remark(option, seconds, words):
+    config, draft = config_of(COMMAND + option)
+    assert config.parallel.timeout_seconds == seconds
+    assert [remark.startswith(f"{option}: {words}") for remark in draft.remarks if "timeout" in remark] == (
+        [True] if words else [])
+
+
 def test_file_as_name_of_a_data_set_has_no_configuration_or_split():
     command = ("python -m tevatron.retriever.driver.train --model_name_or_path m --dataset_config default "
                "--dataset_split dev --train_group_size 2 --dataset_name ")
