@@ -22,15 +22,20 @@ class CheckpointError(UserError, RuntimeError):
     """A model directory or checkpoint that cannot be read, written or converted."""
 
 
+NO_TOKENS = "has no tokens in this tokenizer, or only ones of the skip list of a multi-vector model"
+"""What is wrong with a text that gives no vector."""
+
+
 class EmptyTextError(UserError, ValueError):
     """A text without tokens. It carries the text's index, so that a caller can name the file and line instead."""
 
     def __init__(self, row: int, name: str, text: str) -> None:
         """`row`: index of the text among those that were passed, from 0; `name`: what the message calls the text."""
         self.row, self.name, self.text = row, name, text
-        super().__init__(f"{name}: the text {text[:40]!r} has no tokens in this tokenizer, or only ones of the skip "
-                         "list of a multi-vector model; remove it, or, where a text gives one vector, choose a "
-                         "pooling that adds an EOS (lasttoken)")
+        super().__init__(f"{name}: the text {text[:40]!r} {NO_TOKENS}; remove it, or let every text have one: by a "
+                         "prompt, where a text gives one vector by a pooling that adds an EOS (lasttoken), where each "
+                         "token gives one by a shorter skip list (embedding.skiplist_words of a run, skiplist_words "
+                         "in the directory of MultiVectorMask)")
 
     def __reduce__(self) -> tuple[type["EmptyTextError"], tuple[int, str, str]]:
         """The arguments of the constructor, from which another rank rebuilds the error."""

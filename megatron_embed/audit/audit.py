@@ -22,6 +22,7 @@ from megatron_embed.audit.compare import (
 from megatron_embed.audit.replay import Replay, opened
 from megatron_embed.audit.run_log import RunLog, configuration_of, read_run
 from megatron_embed.checkpoint.file_checksums import changed_files
+from megatron_embed.checkpoint.log_files import log_exists
 from megatron_embed.config.load import config_of_overrides, to_dict
 from megatron_embed.config.objective import CONTRASTIVE
 from megatron_embed.config.schema import CheckpointConfig, EvaluationConfig, LoggingConfig, ParallelConfig, RunConfig
@@ -30,6 +31,8 @@ from megatron_embed.parallel.lost_rank import monitored_ranks
 from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.audit_facts import settings_digest
 from megatron_embed.run.run_directory import describe_rows
+from megatron_embed.training.audit_log import AUDIT_FILE
+from megatron_embed.training.metrics import METRICS_FILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ def audit(args: argparse.Namespace) -> tuple[Audit, int]:
                              "reference")
             work = _Work(log=log, replay=replay, step=args.step, done=done, checkpoint=checkpoint)
             difference = work.run(problems)
+            notes += not_compared(log, range(done + 1, done + work.replayed + 1), config.logging.every_steps)
             causes = [] if difference is None else explain(Case(
                 log=log, replay=replay, difference=difference, done=done, problems=tuple(problems)))
             result = Audit(step=args.step, checkpoint=checkpoint, replayed=work.replayed, difference=difference,
@@ -110,6 +114,20 @@ def config_of_audit(config: RunConfig, log: RunLog, args: argparse.Namespace, ch
         evaluation=EvaluationConfig(),
         training=dataclasses.replace(training, micro_batch_size=micro, exit_duration_minutes=None,
                                      keep_activations=keep))
+
+
+def not_compared(log: RunLog, steps: range, every_steps: int) -> list[str]:
+    """The comparison of metrics.jsonl with audit.jsonl that could not be made for replayed steps, in words.
+
+    Args:
+        every_steps: of the run's logging: the steps that have a row in metrics.jsonl are multiples of it.
+    """
+    file = log.directory / METRICS_FILE
+    if not log_exists(file):
+        return [f"{file}: not there, so its numbers are not compared with those of {AUDIT_FILE}"]
+    missing = [str(step) for step in steps if step % every_steps == 0 and step not in log.metrics]
+    return [f"{file}: no row with a loss of step{'s' if missing[1:] else ''} {', '.join(missing)}, so its numbers are "
+            f"not compared with those of {AUDIT_FILE}"] if missing else []
 
 
 def check_segments(log: RunLog, done: int, step: int) -> None:

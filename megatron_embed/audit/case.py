@@ -1,6 +1,6 @@
 """A difference that is to be explained, and a cause that explains it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,12 @@ class Cause:
 
     name: str
     text: str
+
+
+def of_ranks(ranks: Iterable[int | str]) -> str:
+    """`rank 3`, `ranks 1, 3`."""
+    numbers = list(map(str, ranks))
+    return f"rank{'s' if numbers[1:] else ''} {', '.join(numbers)}"
 
 
 @dataclass(frozen=True, kw_only=True)

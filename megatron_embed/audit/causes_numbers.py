@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_embed.audit.case import Case, Cause
+from megatron_embed.audit.case import Case, Cause, of_ranks
 from megatron_embed.audit.causes_loss import factors, losses, matches, tolerance_of
 from megatron_embed.audit.compare import part_of
 from megatron_embed.audit.plain_objective import PlainObjective
@@ -43,7 +43,7 @@ def _copies(case: Case, batch: StepBatch) -> Iterator[Cause]:
     for step in range(max(1, case.step - 1), case.step + _AHEAD):
         record: Mapping[str, Any] = {**case.log.steps.get(step, {}), **case.log.saves.get(step, {})}
         if "drifted" in record:
-            yield Cause(name="drifted parameters", text=f"rank(s) {', '.join(record['drifted'])}: the copies of the "
+            yield Cause(name="drifted parameters", text=f"{of_ranks(record['drifted'])}: the copies of the "
                         f"parameters are not equal to each other, seen after step {step}")
             return
 

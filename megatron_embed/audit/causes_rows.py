@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from megatron_embed.audit.case import Case, Cause
 from megatron_embed.data.mixture import MixtureSampler, build_sampler
 from megatron_embed.errors import ConfigError
+from megatron_embed.platform.terminal_text import counted
 from megatron_embed.training.fingerprints import hash_of, in_order, row_hashes
 
 _STEPS_AROUND = 2000
@@ -74,8 +75,9 @@ def _other_step(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
                                 f"has at step {step}), and it is the turn of {due}: the steps from here on are divided "
                                 f"among the data sets otherwise, as by other weights{since}")
                     return
-                yield Cause(name="wrong order of rows", text=f"the rows are those of step {step}, {abs(distance)} "
-                            f"step(s) {'before' if step < case.step else 'after'} the right ones{since}")
+                apart = counted(abs(distance), "step")
+                yield Cause(name="wrong order of rows", text=f"the rows are those of step {step}, {apart} "
+                            f"{'before' if step < case.step else 'after'} the right ones{since}")
                 return
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_embed.audit.case import Case, Cause
+from megatron_embed.audit.case import Case, Cause, of_ranks
 
 _SHOWN = 3
 
@@ -27,8 +27,8 @@ def explain(case: Case) -> list[Cause]:
     for done in sorted({*case.log.steps, *case.log.saves}):
         record = {**case.log.steps.get(done, {}), **case.log.saves.get(done, {})}
         if done <= case.done and "drifted" in record:
-            return [Cause(name="drifted parameters", text=f"the copies of the parameters on rank(s) "
-                          f"{', '.join(record['drifted'])} are not equal since step {done}, so the checkpoint holds a "
+            return [Cause(name="drifted parameters", text="the copies of the parameters on "
+                          f"{of_ranks(record['drifted'])} are not equal since step {done}, so the checkpoint holds a "
                           f"mixture of them; audit step {done} to see which one is wrong")]
     bits = f"{case.replay.checksum().bits % 2**64:016x}"
     for kind, records in (("start", case.log.starts), ("step", case.log.steps), ("save", case.log.saves)):
@@ -68,7 +68,7 @@ def differing_copies(case: Case) -> list[Cause]:
     if norms and len(norms) > 1:  # no majority: the replay decides which copy is the right one
         furthest = max(norms, key=lambda rank: abs(norms[rank] - expected))
         ranks = [int(furthest)]
-    return [Cause(name="drifted parameters", text=f"rank(s) {', '.join(map(str, ranks))}: the copy of the "
+    return [Cause(name="drifted parameters", text=f"{of_ranks(ranks)}: the copy of the "
                   f"parameters is not equal to those of the other replicas, first seen at step {case.step}")]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_embed.audit.audit import Audit
 from megatron_embed.audit.causes import LEFT
+from megatron_embed.platform.terminal_text import counted
 
 _SHOWN_ROWS = 8
 
@@ -29,12 +30,12 @@ def as_values(audit: Audit) -> dict[str, Any]:
 def as_text(audit: Audit) -> str:
     """The audit as lines for a reader."""
     return "\n".join([*_opening(audit), *_verdict(audit), *audit.notes, *_numbers(audit), *_rows(audit),
-                      f"{audit.seconds / 60:.2f} minutes for {audit.replayed} replayed step(s)"])
+                      f"{audit.seconds / 60:.2f} minutes for {counted(audit.replayed, 'replayed step')}"])
 
 
 def _opening(audit: Audit) -> list[str]:
     origin = "the model that the run began with" if audit.checkpoint is None else str(audit.checkpoint)
-    return [f"step {audit.step}: {audit.replayed} step(s) replayed from {origin}"]
+    return [f"step {audit.step}: {counted(audit.replayed, 'step')} replayed from {origin}"]
 
 
 def _verdict(audit: Audit) -> list[str]:

@@ -5,12 +5,13 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.names import INDEXES, POOLINGS
 from megatron_embed.platform.terminal_text import printable
 
+_Entry = TypeVar("_Entry")
 _COMMANDS_OF_OTHERS = {
     "sft": "train", "pt": "train", "fit": "train", "finetune": "train", "fine-tune": "train", "run": "train",
     "export": "convert megatron-to-hf", "merge-lora": "convert megatron-to-hf", "infer": "encode", "embed": "encode",
@@ -184,3 +185,17 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def comma_list(text: str, convert: Callable[[str], _Entry]) -> tuple[_Entry, ...]:
+    """The entries of a list with commas. Raises ArgumentTypeError for one that is there twice, however it is spelled.
+
+    `convert`: raises ArgumentTypeError for text that is no entry.
+    """
+    entries: list[_Entry] = []
+    for part in text.split(","):
+        entry = convert(part.strip())
+        if entry in entries:
+            raise argparse.ArgumentTypeError(f"{text!r} names {part.strip()} twice; keep one of them")
+        entries.append(entry)
+    return tuple(entries)

@@ -6,6 +6,7 @@ import re
 
 from megatron_embed.cli.common import add_overrides, add_subdirectory, path, positive_int, write_output
 from megatron_embed.errors import UserError
+from megatron_embed.platform.terminal_text import counted
 
 HELP = ("Check this machine: versions, backends, what is missing; with --config, check whether a run can start here; "
         "with --run, name the likely mistake of a run that goes wrong")
@@ -77,6 +78,6 @@ def diagnose_run(args: argparse.Namespace) -> int:
         raise UserError("--run DIR: the run's own configuration is read; leave --config and settings out")
     log = read_run(args.run)
     named = [f"{name}: {text}" for name, text in mistakes(log)]
-    known = f"{len(log.steps)} logged steps, {len(log.evaluations)} evaluations"
-    write_output("\n".join([*named, f"{len(named)} likely mistake(s) in {args.run} ({known})"]))
+    known = f"{counted(len(log.steps), 'logged step')}, {counted(len(log.evaluations), 'evaluation')}"
+    write_output("\n".join([*named, f"{counted(len(named), 'likely mistake')} in {args.run} ({known})"]))
     return 1 if named else 0

@@ -1,6 +1,7 @@
 """`evaluate --model DIR --data BEIR_DIR|FILE.jsonl`"""
 
 import argparse
+import contextlib
 import json
 
 from megatron_embed.cli.columns import add_columns_argument
@@ -9,6 +10,7 @@ from megatron_embed.cli.common import (
     add_given_vectors,
     add_model_argument,
     check_vector_options,
+    comma_list,
     path,
     positive_int,
     write_output,
@@ -81,28 +83,32 @@ def requirement(text: str) -> Requirement:
 
 def dims(text: str) -> tuple[int, ...]:
     """Dimensions such as 64,256."""
-    return tuple(positive_int(part.strip()) for part in text.split(","))
+    return comma_list(text, positive_int)
 
 
 def precisions(text: str) -> tuple[Precision, ...]:
     """Precisions such as int8,binary."""
     known: dict[str, Precision] = {name: name for name in PRECISIONS}
-    wanted = [part.strip() for part in text.split(",")]
-    if not all(part in known for part in wanted):
-        raise argparse.ArgumentTypeError(f"{text!r} must be some of {', '.join(known)}, with commas between them")
-    return tuple(dict.fromkeys(known[part] for part in wanted))
+
+    def precision(part: str) -> Precision:
+        if part not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} must be some of {', '.join(known)}, with commas between them")
+        return known[part]
+
+    return comma_list(text, precision)
 
 
 def weights(text: str) -> tuple[float, ...]:
     """Weights such as 0.25,0.5."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or not all(0 < weight < 1 for weight in values):
+
+    def weight(part: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < float(part) < 1:
+                return float(part)
         raise argparse.ArgumentTypeError(f"{text!r} must be numbers between 0 and 1 (1 is the reranker alone, which is "
                                          "always evaluated)")
-    return values
+
+    return comma_list(text, weight)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -105,7 +105,8 @@ class DataConfig:
     it has."""
     query_max_length: int | None = None
     """Maximum number of tokens of a query, including special tokens and prompt. null: the length that the model was
-    trained with (sentence_bert_config.json, or a checkpoint's own), otherwise 512; at most the model's positions."""
+    trained with (sentence_bert_config.json, or a checkpoint's own), otherwise 512; at most the model's positions.
+    Without effect where embedding.query_expansion brings every query to its own number of tokens."""
     document_max_length: int | None = None
     """Maximum number of tokens of a document, like query_max_length."""
     index_directory: str | None = None

@@ -6,6 +6,23 @@ _PEERS = {"H": "Transformers", "S": "ms-swift", "F": "FlagEmbedding", "T": "Teva
           "D": "DeepSpeed", "M": "Megatron-LM"}
 
 
+OFF_ANYWAY = "off, as it always is here"
+"""Why a value that leaves a feature off, which is not supported, changes nothing."""
+_OFF = ("false", "no", "none", "null", "off", "n", "f", "")
+_OFF_IS_A_CHOICE = frozenset((
+    "share_encoder", "init_weights", "init_lora_weights", "freeze_vit", "freeze_aligner", "freeze_trainable_layers",
+    "layers_to_transform", "start_layer", "compress_layers", "cutoff_layers", "head_type", "ce_score_margin",
+    "rope_scaling", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"))
+"""Settings that ask for something by 0 or false too."""
+
+
+def is_off(name: str, value: object) -> bool:
+    """Whether a setting's value only leaves a feature off, as `push_to_hub: false` does."""
+    if name.rpartition(".")[2].lstrip("-") in _OFF_IS_A_CHOICE:
+        return False
+    return not value if isinstance(value, int | float | list | dict) else str(value).strip().lower() in _OFF
+
+
 class ForeignWord(NamedTuple):
     """One setting of other trainers, under all of its names."""
 
@@ -25,11 +42,17 @@ class ForeignWord(NamedTuple):
         """The first of its names."""
         return self.names[0]
 
-    def answer(self, written: str) -> str:
-        """One sentence about the setting, which stands there as `written`."""
+    def answer(self, written: str, value: object = True) -> str:
+        """One sentence about the setting, which stands there as `written`.
+
+        Args:
+            value: the setting's value, where it is known.
+        """
         if self.keys:
             first = f"{written} is {' and '.join(self.keys)} here"
             return f"{first}: {self.note}" if self.note else first
+        if not self.supported and is_off(written, value):
+            return f"{written} is not needed: {OFF_ANYWAY}; remove it"
         return f"{written} is {'not needed' if self.supported else 'not supported'}: {self.note}"
 
 

@@ -29,6 +29,8 @@ from megatron_embed.config.run_logs import LoggingConfig as LoggingConfig
 from megatron_embed.config.workload import WORKLOADS, Workload
 from megatron_embed.names import Activation, ContextMethod, EmbeddingHead, HeadKind, Pooling, Precision
 
+MOST_TIMEOUT_SECONDS = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
@@ -167,8 +169,8 @@ class ParallelConfig:
         require(virtual is None or virtual >= 1, "parallel.virtual_pipeline_model_parallel_size", virtual,
                  "must be >= 1 or null")
         # The libraries below count milliseconds, some in 32 bits.
-        require(0 < self.timeout_seconds <= 1_000_000, "parallel.timeout_seconds", self.timeout_seconds,
-                "must be > 0 and <= 1000000, which is eleven days")
+        require(0 < self.timeout_seconds <= MOST_TIMEOUT_SECONDS, "parallel.timeout_seconds", self.timeout_seconds,
+                f"must be > 0 and <= {MOST_TIMEOUT_SECONDS}, which is eleven days")
 
 
 @dataclass(frozen=True, kw_only=True)

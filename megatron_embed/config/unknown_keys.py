@@ -85,16 +85,16 @@ class _Known:
             self.num_foreign += len(inside)
             yield from (f"{child.location}: unknown key '{key}'; {answer}" for key, child, answer in inside)
             return
-        yield f"{node.location}: unknown key '{dotted}'; {self._remedy(target, dotted)}"
+        yield f"{node.location}: unknown key '{dotted}'; {self._remedy(target, dotted, node.value)}"
 
-    def _remedy(self, target: Any, dotted: str) -> str:
+    def _remedy(self, target: Any, dotted: str, value: object) -> str:
         """The key's name here, the same key in another section, the nearest key, or the list of known keys."""
         key = dotted.rpartition(".")[2]
         own = [field.name for field in dataclasses.fields(target)]
         word, same = foreign_word(dotted), self._by_name.get(key)
         if word is not None and (same is None or same not in word.keys):
             self.num_foreign += 1
-            return word.answer(key)
+            return word.answer(key, value)
         if same is not None:
             return f"did you mean '{same}'?"
         if not difflib.get_close_matches(key, own, n=1, cutoff=_A_SLIP) and (name := near_foreign_name(key, _A_SLIP)):
@@ -127,7 +127,7 @@ def _foreign_below(dotted: str, node: Node) -> Iterator[tuple[str, Node, str]]:
         if isinstance(child.value, dict):
             yield from _foreign_below(inner, child)
         elif (word := foreign_word(inner)) is not None:
-            yield inner, child, word.answer(key)
+            yield inner, child, word.answer(key, child.value)
 
 
 def _dataclass_in(annotation: Any) -> Any:

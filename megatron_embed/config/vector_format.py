@@ -80,6 +80,21 @@ def format_of_run(embedding: "EmbeddingConfig", own: VectorFormat | None) -> Vec
     return replace(known, prefix_tokens=True, skiplist_words=embedding.skiplist_words or (), expansion=wanted)
 
 
+def why_query_length_is_idle(max_length: int, vectors: VectorFormat | None) -> str | None:
+    """Why a maximum length of queries has no effect beside their expansion; None: it has one, or equals it.
+
+    Args:
+        vectors: of a run (`format_of_run`).
+    """
+    expansion = None if vectors is None else vectors.expansion
+    if expansion is None or max_length == expansion.length or (
+            max_length > expansion.length and not expansion.truncates):
+        return None
+    brings = "brings every query to" if expansion.truncates else "gives every query at least"
+    return (f"data.query_max_length = {max_length}: has no effect, since embedding.query_expansion = "
+            f"{expansion.length} {brings} {expansion.length} tokens; change that, or remove this")
+
+
 def with_format(embedding: "EmbeddingConfig", own: VectorFormat | None, *, sparse: bool = False) -> "EmbeddingConfig":
     """The settings with those of the model directory where they are null, else those of a new model.
 

@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_embed.data.template_limits import refuse_long, try_template
+from megatron_embed.data.vocabulary import TEMPLATES_FOLDER
 from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.names import MessageFormat
 
@@ -15,6 +17,26 @@ _STRUCTURED_SIGNS = ("content[0]", ".type", "'type'", '"type"', "item.type", "me
 def takes_structured_content(template: object) -> bool:
     """Whether a tokenizer's chat template takes a message's content as a list of parts, not as text."""
     return not isinstance(template, str) or not template or any(sign in template for sign in _STRUCTURED_SIGNS)
+
+
+def why_no_template(tokenizer: Any, directory: str) -> str | None:
+    """Why a tokenizer with chat templates of several names has none that is taken; None if it has one.
+
+    Args:
+        directory: of the model.
+    """
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict) or "default" in templates:
+        return None
+    return (f"{where_templates_are(directory)} gives the tokenizer chat templates by name ({', '.join(templates)}), "
+            "and none of them is called default, so none is taken; put the one that is meant alone into "
+            "chat_template.jinja, and remove the others")
+
+
+def where_templates_are(directory: str) -> str:
+    """The folder, or the file and key, that chat templates with names come from."""
+    folder = Path(directory) / TEMPLATES_FOLDER
+    return str(folder) if any(folder.glob("*.jinja")) else f"{Path(directory) / 'tokenizer_config.json'}: chat_template"
 
 
 class ChatTemplate:
@@ -28,7 +50,8 @@ class ChatTemplate:
         variables: for the template, beside the messages.
         tell_role: whether the template gets, as `task`, whether the text is a query or a document.
     Raises:
-        CheckpointError: the tokenizer has none, or one that takes too much time or memory.
+        CheckpointError: the tokenizer has none, several of which none is meant, or one that takes too much time or
+            memory.
     """
 
     def __init__(self, tokenizer: Any, model_dir: str, *, content: MessageFormat,
@@ -40,6 +63,8 @@ class ChatTemplate:
             raise CheckpointError(f"{model_dir}: sentence_bert_config.json has the modality message, and its tokenizer "
                                   "has no chat template; fetch chat_template.jinja, or remove the modality if the "
                                   "model was trained without it")
+        if why := why_no_template(tokenizer, model_dir):
+            raise CheckpointError(why)
         if content == "auto":
             content = "structured" if takes_structured_content(template) else "flat"
         self._structured = content == "structured"

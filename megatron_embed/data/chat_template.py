@@ -8,7 +8,7 @@ show that it does nothing else to them. A template that cannot be converted is r
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_embed.data.chat import takes_structured_content
+from megatron_embed.data.chat import takes_structured_content, where_templates_are, why_no_template
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.pair_tokenizer import PLACES, Pair, PairTemplate
 from megatron_embed.data.template_limits import try_template
@@ -41,9 +41,13 @@ def pair_template_from_chat(tokenizer: Any, *, message_format: str, arguments: M
         prompt: the system's message before every pair; empty: there is none.
         directory: of the model, for messages.
     Raises:
-        UnfitTemplateError: it does not render query and document.
+        UnfitTemplateError: it does not render query and document, or is none of several with names.
         CheckpointError: it does more to them than to put each into its place.
     """
+    if why := why_no_template(tokenizer, directory):
+        raise UnfitTemplateError(f"{why}; CrossEncoder cannot choose one either")
+    if message_format == "auto":
+        _refuse_unknown_format(tokenizer.chat_template, directory)
     structured = message_format == "structured" or (
         message_format == "auto" and takes_structured_content(tokenizer.chat_template))
     chat = _Chat(tokenizer, structured, arguments)
@@ -62,6 +66,16 @@ def pair_template_from_chat(tokenizer: Any, *, message_format: str, arguments: M
         raise
     except Exception as error:
         raise _unfit(directory, f"it fails for some texts ({shortened(str(error))})") from error
+
+
+def _refuse_unknown_format(template: object, directory: str) -> None:
+    """Raises CheckpointError where CrossEncoder does not see that a template takes plain text: it looks into no
+    template of several."""
+    if isinstance(template, dict) and not takes_structured_content(template["default"]):
+        raise CheckpointError(f"{where_templates_are(directory)} gives the tokenizer chat templates by name "
+                              f"({', '.join(template)}); of several templates CrossEncoder does not see that default "
+                              "takes text, and gives it lists of parts; put the one that is meant alone into "
+                              "chat_template.jinja, and remove the others")
 
 
 class _Chat:

@@ -21,13 +21,15 @@ def first_empty_text(texts: Iterable[tuple[Label, str]], role: Role, tokenizer: 
     """The first labelled text that has no tokens; None if all have some.
 
     Costs nothing if special tokens, an EOS or the prompt come with every text. A tokenizer with tokens for every
-    letter can still drop blanks and control characters: then only texts without letters and digits are tokenized.
+    letter can still drop blanks and control characters: then only texts without letters and digits are tokenized,
+    unless a multi-vector model's skip list holds some.
 
     `prompt`: of a data set, in place of the role's.
     """
     if tokenizer.always_adds_tokens(role, prompt):
         return None
-    drops_letters = not tokenizer.tokenize([_UNKNOWN], role, prompts=[prompt]).token_ids[0]
+    drops_letters = tokenizer.skips_letters(role) or not tokenizer.tokenize(
+        [_UNKNOWN], role, prompts=[prompt]).token_ids[0]
     waiting: list[tuple[Label, str]] = []
     for item in texts:
         if drops_letters or not any(character.isalnum() for character in item[1]):

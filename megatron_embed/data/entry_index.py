@@ -31,7 +31,7 @@ def open_index(rows: RawRows, reader: RowReader, file: TrainFile, kind: Kind | N
 
     Raises:
         DataError: a row cannot be used.
-        ConfigError: a file cannot be opened, or the index cannot be written.
+        ConfigError: a file cannot be opened, or the index cannot be written to the directory that is set for it.
     """
     files = rows.files_with_offsets()
     if files is None:
@@ -41,10 +41,9 @@ def open_index(rows: RawRows, reader: RowReader, file: TrainFile, kind: Kind | N
     index = None if folder is None else read_index(folder)
     if index is None:
         entry.read_first_row()
-        if folder is None:
-            return index_in_memory(entry.units, entry.read_unit)
-        return IndexWriter(folder, entry.units, entry.read_unit, sizes=entry.sizes, what=file.path,
-                           place=place).write()
+        written = None if folder is None else IndexWriter(
+            folder, entry.units, entry.read_unit, sizes=entry.sizes, what=file.path, place=place).write()
+        return index_in_memory(entry.units, entry.read_unit) if written is None else written
     entry.trust(index)
     return index
 

@@ -36,6 +36,7 @@ NO_DIRECTORY = "none"
 """Value of data.index_directory for an index that is not kept."""
 SMALLEST_KEPT = 16 << 20
 """Bytes of an entry from which its index is kept in the default directory; smaller files are read in a second."""
+_DEFAULT_UNWRITABLE = "%s: cannot be written (%s), so every start reads all rows; set data.index_directory"
 _SUMMARY = "index.json"
 _LOCKS = "locks"
 _POLL_SECONDS = 0.05
@@ -95,8 +96,7 @@ def folder_of(place: IndexPlace, files: Sequence[str], settings: dict[str, Any])
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         if is_default:
-            logger.warning("%s: cannot be written (%s), so every start reads all rows; set data.index_directory",
-                           folder, error.strerror)
+            logger.warning(_DEFAULT_UNWRITABLE, folder, error.strerror or error)
             return None
         raise ConfigError(f"data.index_directory = {place.directory!r}: cannot be written ({error.strerror}); choose "
                           f"a directory that can, or {NO_DIRECTORY!r} to read all rows at every start",
@@ -180,12 +180,12 @@ class IndexWriter:
         self._refused: set[int] = set()
         self._progress = _Progress(sizes, what, place)
 
-    def write(self) -> RowIndex:
-        """The finished index.
+    def write(self) -> RowIndex | None:
+        """The finished index; None: the default directory's disk is full, which a warning says.
 
         Raises:
             DataError: the first row that cannot be used, on every process alike.
-            ConfigError: the folder cannot be written.
+            ConfigError: the folder, in a directory that the user named, cannot be written.
         """
         try:
             with _locks(self._folder / _LOCKS) as lock, self._progress:
@@ -195,8 +195,10 @@ class IndexWriter:
             _write(self._folder / _SUMMARY, _sealed(self._folder / _SUMMARY, [unit.as_json() for unit in units]))
             index = _opened(self._folder, units)
         except OSError as error:
-            named = "null" if self._place.directory is None else repr(self._place.directory)
-            raise ConfigError(f"data.index_directory = {named}: {self._folder} cannot be written "
+            if self._place.directory is None:
+                logger.warning(_DEFAULT_UNWRITABLE, self._folder, error.strerror or error)
+                return None
+            raise ConfigError(f"data.index_directory = {self._place.directory!r}: {self._folder} cannot be written "
                               f"({error.strerror or error}); free space there, set another directory, or "
                               f"{NO_DIRECTORY!r} to read all rows at every start",
                               key="data.index_directory") from error

@@ -15,7 +15,7 @@ from megatron_embed.data.repeated_texts import encoded_rows, first_rows
 from megatron_embed.data.row_vectors import RowVectors
 from megatron_embed.data.tokenized import TokenizedRows
 from megatron_embed.data.tokenizer import RoleTokenizer
-from megatron_embed.errors import DataError, EmptyTextError
+from megatron_embed.errors import NO_TOKENS, DataError, EmptyTextError
 from megatron_embed.names import Role
 
 logger = logging.getLogger(__name__)
@@ -369,8 +369,7 @@ def _capacity(num_queries: int, documents: DocumentsPerQuery) -> Capacity:
 def _refuse_empty(rows: TokenizedRows, texts: Sequence[str], records: Sequence[Record]) -> None:
     for ids, text, record in zip(rows.token_ids, texts, records, strict=True):
         if not ids:
-            raise DataError(f"{record.source}: the text {text[:40]!r} has no tokens in this tokenizer, or "
-                            "only ones of the skip list of a multi-vector model; remove the row")
+            raise DataError(f"{record.source}: the text {text[:40]!r} {NO_TOKENS}; remove the row")
 
 
 def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokenizer, packing: PackingSpec, *,

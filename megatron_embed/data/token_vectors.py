@@ -82,6 +82,11 @@ class TokenVectors:
             return max_length
         return expansion.length if expansion.truncates else max(max_length, expansion.length)
 
+    def skips_letters(self, role: Role) -> bool:
+        """Whether the role's skip list holds letters or digits."""
+        return role in self._settings.skiplist_tasks and any(
+            character.isalnum() for word in self._settings.skiplist_words for character in word)
+
     def longest(self, role: Role, cut_length: int) -> int:
         """Tokens of the role's longest text, those of the expansion included."""
         expansion = self._settings.expansion if role == "query" else None

@@ -162,6 +162,11 @@ class RoleTokenizer:
         own, length = self._token_vectors, self._max_lengths[role]
         return length if own is None else own.longest(role, length)
 
+    def skips_letters(self, role: Role) -> bool:
+        """Whether a text with letters or digits may give no vector, since the skip list of a multi-vector model holds
+        some."""
+        return self._token_vectors is not None and self._token_vectors.skips_letters(role)
+
     def without_prompts(self) -> "RoleTokenizer":
         """The same tokenizer for texts without a prompt."""
         plain = copy.copy(self)
@@ -174,7 +179,11 @@ class RoleTokenizer:
         `prompt`: of a data set, in place of the role's.
         """
         prompt = self._prompts[role] if prompt is None else prompt
-        if self._num_prefix or self._suffix or self._eos or _PLACEHOLDER in prompt:
+        if _PLACEHOLDER in prompt:
+            return True
+        if self._token_vectors is not None:  # a prompt or special token of the skip list is none of a text's vectors
+            return bool(self.tokenize([""], role, prompts=[prompt]).token_ids[0])
+        if self._num_prefix or self._suffix or self._eos:
             return True
         if self._chat is not None:
             return bool(self._ids_of([prompt], [""], role)[0])

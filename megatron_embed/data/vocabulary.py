@@ -8,7 +8,7 @@ from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES
 
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
                 "chat_template.json")
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES_FOLDER = "additional_chat_templates"
 """Folder of the chat templates that have names, all of which Transformers reads."""
 _SHOWN = 300
 """Characters of an error of Transformers in a message."""
@@ -23,8 +23,8 @@ def refuse_large_files(directory: Path) -> None:
     """Raises CheckpointError if a file that Transformers would read whole is too long for a tokenizer's."""
     limits = dict.fromkeys((*VOCABULARY_FILES, MERGES_FILE), LARGEST_TOKENIZER) | dict.fromkeys(
         _OTHER_FILES, LARGEST_FILE)
-    limits |= dict.fromkeys((f"{_TEMPLATES}/{file.name}" for file in (directory / _TEMPLATES).glob("*.jinja")),
-                            LARGEST_FILE)
+    named = (directory / TEMPLATES_FOLDER).glob("*.jinja")
+    limits |= dict.fromkeys((f"{TEMPLATES_FOLDER}/{file.name}" for file in named), LARGEST_FILE)
     for name, limit in limits.items():
         file = directory / name
         if file.is_file() and file.stat().st_size > limit:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_embed.config.json_file import open_ordinary, read_json_file
-from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.errors import ConfigError, DataError, UserError
 from megatron_embed.evaluation.vector_files import ROWS_AT_ONCE, VectorFile, load_faiss, say_progress
 from megatron_embed.platform.atomic_file import write_atomic
 
@@ -103,6 +103,9 @@ class IvfIndex:
             if not ((new_rows == -1) | ((first <= new_rows) & (new_rows < end))).all():
                 raise ConfigError(f"{self._file(part)}: damaged: it names vectors that are not of this part; remove "
                                   f"{self._folder}, and it is built again")
+            if not np.isfinite(new_scores[new_rows >= 0]).all():
+                raise ConfigError(f"{self._file(part)}: damaged: it gives scores that are not finite; remove "
+                                  f"{self._folder}, and it is built again")
             scores, rows = np.concatenate([scores, new_scores], axis=1), np.concatenate([rows, new_rows], axis=1)
             best = np.lexsort((-rows, -np.where(rows < 0, -np.inf, scores)), axis=1)[:, :k]
             scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
@@ -175,8 +178,20 @@ class IvfIndex:
         end = min(len(self._vectors), (part + 1) * PART_ROWS)
         for start in range(part * PART_ROWS, end, ROWS_AT_ONCE):
             rows = np.arange(start, min(start + ROWS_AT_ONCE, end), dtype=np.int64)
-            index.add_with_ids(self._vectors.scaled(self._vectors.rows(start, start + len(rows))).numpy(), rows)
+            block = self._vectors.scaled(self._vectors.rows(start, start + len(rows)))
+            self._require_float16(block, start)
+            index.add_with_ids(block.numpy(), rows)
         self._write(self._file(part), index)
+
+    def _require_float16(self, block: Tensor, start: int) -> None:
+        """Raises DataError for the first vector, of rows from `start`, that is infinite as the lists hold it."""
+        largest = block.abs().amax(dim=1)
+        bad = (largest > np.finfo(np.float16).max).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise DataError(f"{self._vectors.path}:{start + row + 1}: a component of {float(largest[row]):g} is too "
+                            "large for the lists of --index ivf, which hold float16; choose --index flat or hnsw, or "
+                            "--similarity cosine if the model compares so")
 
     def _write(self, path: Path, index: Any) -> None:
         error = write_atomic("--vectors", str(path), lambda file: self._faiss.write_index(

@@ -10,9 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_embed.errors import ConfigError, EmptyTextError, UserError
+from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.npy_file import map_npy
 from megatron_embed.names import Role
@@ -84,13 +85,15 @@ class VectorCache:
 
         Raises:
             ConfigError: on every rank, after the last block, if they cannot be written.
+            DataError: a vector that is read is not finite.
         """
         path = self._directory / name
         known = _open(path, rows)
         if smallest(int(known is not None)):
             assert known is not None
+            stored = CachedVectors(path, known)
             for start in range(0, rows, ROWS_AT_ONCE):
-                yield torch.from_numpy(np.array(known[start:start + ROWS_AT_ONCE]))
+                yield stored.rows(np.arange(start, min(start + ROWS_AT_ONCE, rows)))
             return
         writer = _Writer(path, rows) if self._rank == 0 else None
         try:
@@ -104,8 +107,8 @@ class VectorCache:
                 writer.close()
         raise_on_all_ranks(error)
 
-    def on_disk(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]]) -> "np.ndarray":
-        """[rows, dim] float32 as a memory-mapped file, which is computed and written first where it is not there.
+    def on_disk(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]]) -> "CachedVectors":
+        """The vectors in their file, which is computed and written first where it is not there.
 
         Raises:
             ConfigError: on every rank, if it cannot be written, or some rank does not see it.
@@ -119,12 +122,32 @@ class VectorCache:
                 f"{self._key} {self._directory}: is not the same directory on all nodes; name one on a shared file "
                 "system", key=self._key))
         assert vectors is not None
-        return vectors
+        return CachedVectors(self._directory / name, vectors)
 
     def _unwritable(self, error: OSError | None) -> ConfigError:
         reason = "" if error is None else f" ({error.strerror or error})"
         return ConfigError(f"{self._key} {self._directory}: cannot be written{reason}; free disk space or choose "
                            "another directory", key=self._key)
+
+
+class CachedVectors:
+    """Vectors in a file of a cache, memory-mapped.
+
+    Attributes:
+        dim: components of a vector.
+    """
+
+    def __init__(self, path: Path, vectors: NDArray[np.float32]) -> None:
+        self._path, self._vectors, self.dim = path, vectors, int(vectors.shape[1])
+
+    def rows(self, rows: NDArray[np.int64]) -> Tensor:
+        """[len(rows), dim] float32 of these rows. Raises DataError for a vector that is not finite."""
+        block = torch.from_numpy(self._vectors[rows])
+        bad = torch.nonzero(~torch.isfinite(block).all(dim=1))
+        if len(bad):
+            raise DataError(f"{self._path}:{int(rows[int(bad[0])]) + 1}: the vector is not finite, so the file is "
+                            "damaged; remove it, and the vectors are computed again")
+        return block
 
 
 class VectorSource:

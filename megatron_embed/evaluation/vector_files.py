@@ -149,8 +149,12 @@ class VectorFile:
     def _require_finite(self, block: Tensor, rows: Sequence[int] | NDArray[np.int64]) -> None:
         bad = torch.nonzero(~torch.isfinite(block).all(dim=1))
         if len(bad):
-            raise DataError(f"{self.path}:{int(rows[int(bad[0])]) + 1}: the vector is not finite; encode the texts "
-                            "again, with a wider dtype or an earlier checkpoint")
+            row = int(rows[int(bad[0])])
+            shard = bisect_right(self._ends, row)
+            place = "" if len(self._files) == 1 else (
+                f" ({os.path.basename(self._files[shard])}, row {row + 1 - (self._ends[shard - 1] if shard else 0)})")
+            raise DataError(f"{self.path}:{row + 1}: the vector is not finite{place}; encode the texts again, with a "
+                            "wider dtype or an earlier checkpoint")
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """[rows, width] float32 whose dot products are the similarity, of [rows, full width]."""

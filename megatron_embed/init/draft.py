@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from megatron_embed.config.foreign_word import OFF_ANYWAY, is_off
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.config.yaml_tree import Dumper
 from megatron_embed.init.defaults import DEFAULTS
@@ -141,6 +142,8 @@ def _about(setting: Setting) -> str:
     if setting.word.keys:
         return f"{setting.written}: {' and '.join(setting.word.keys)}" + (
             f"; {setting.word.note}" if setting.word.note else "")
+    if not setting.word.supported and is_off(setting.name, setting.value):
+        return f"{setting.written}: not needed: {OFF_ANYWAY}"
     return f"{setting.written}: {'not needed' if setting.word.supported else 'not supported'}: {setting.word.note}"
 
 

@@ -1,6 +1,7 @@
 """Another trainer's settings as a configuration of a run, each line with the reason for its value."""
 
 from megatron_embed.config.foreign_values import our_value, plain, reason
+from megatron_embed.config.foreign_word import is_off
 from megatron_embed.init.draft import Draft, unused_remarks
 from megatron_embed.init.foreign_settings import ForeignSettings, read_foreign
 from megatron_embed.init.translate_data import translate_data
@@ -150,7 +151,8 @@ def _translate_quantization(draft: Draft) -> None:
     method, kind = draft.settings.take("quant_method"), draft.settings.take("bnb_4bit_quant_type")
     bits, double = draft.settings.take("quant_bits"), draft.flag("bnb_4bit_use_double_quant")
     four, eight = draft.flag("load_in_4bit"), draft.flag("load_in_8bit")
-    if method is not None and plain(method.value) not in ("bnb", "bitsandbytes"):
+    if method is not None and not (
+            is_off("quant_method", method.value) or plain(method.value) in ("bnb", "bitsandbytes")):
         draft.remark(f"{method.written}: not supported; model.quantization: nf4 or int8 in its place")
         return
     asked = "nf4" if four is not None and four[0] else "int8" if eight is not None and eight[0] else None
@@ -180,7 +182,7 @@ def _trains_adapters(draft: Draft) -> bool:
             return True
         return False
     kind = plain(given.value)
-    if kind in ("full", "false", "0", "none", "no", "freeze"):
+    if is_off("train_type", given.value) or kind in ("full", "0", "freeze"):
         return False
     if kind not in ("lora", "true", "1", "peft"):
         draft.remark(f"{given.written}: not supported; plain LoRA in its place")

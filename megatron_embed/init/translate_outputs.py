@@ -3,6 +3,8 @@
 import re
 
 from megatron_embed.config.foreign_values import plain
+from megatron_embed.config.foreign_word import is_off
+from megatron_embed.config.schema import MOST_TIMEOUT_SECONDS
 from megatron_embed.init.draft import Draft
 
 _METRIC = re.compile(r"(ndcg|mrr|map|recall|accuracy|precision)_?@?(\d+)")
@@ -123,10 +125,7 @@ def translate_devices(draft: Draft) -> None:
         size = draft.whole(name, key)
         if size is not None and size[0] > 1:
             draft.set(key, size[0], size[1])
-    timeout = draft.settings.take("ddp_timeout")
-    if timeout is not None and isinstance(timeout.value, int):
-        seconds = timeout.value * (60 if "minutes" in timeout.written else 1)
-        draft.set("parallel.timeout_seconds", min(seconds, 1_000_000), timeout.written)
+    _translate_timeout(draft)
     for name, key in (("use_distributed_optimizer", "optimizer.distributed"), ("async_save", "checkpoint.async_save"),
                       ("use_precision_aware_optimizer", "optimizer.precision_aware"),
                       ("sequence_parallel", "parallel.sequence_parallel"),
@@ -143,10 +142,28 @@ def translate_devices(draft: Draft) -> None:
                      "node)")
 
 
+def _translate_timeout(draft: Draft) -> None:
+    """The wait of a collective; one beyond our limit, or none at all, is told in words."""
+    given = draft.number("ddp_timeout", "parallel.timeout_seconds")
+    if given is None:
+        return
+    timeout, written = given
+    seconds = timeout * (60 if "minutes" in written else 1)
+    if seconds > MOST_TIMEOUT_SECONDS:
+        draft.set("parallel.timeout_seconds", MOST_TIMEOUT_SECONDS, f"{written}: the longest here is eleven days")
+        draft.remark(f"{written}: longer than parallel.timeout_seconds can be, which is {MOST_TIMEOUT_SECONDS}, eleven "
+                     "days, in its place")
+    elif seconds >= 1:
+        draft.set("parallel.timeout_seconds", int(seconds), written)
+    else:
+        draft.remark(f"{written}: parallel.timeout_seconds must be above 0; it keeps its default")
+
+
 def _translate_sharding(draft: Draft) -> None:
     """DeepSpeed's stages and FSDP: optimizer.distributed, and what to do for the rest."""
     zero, stage = draft.settings.take("deepspeed"), draft.settings.take("zero_stage")
     fsdp, offload = draft.settings.take("fsdp"), draft.settings.take("offload_optimizer")
+    zero = None if zero is not None and is_off("deepspeed", zero.value) else zero
     given = stage or zero
     level = None
     if given is not None:
@@ -162,7 +179,7 @@ def _translate_sharding(draft: Draft) -> None:
             shared = "gradients" if level == 2 else "gradients and parameters"
             draft.remark(f"{given.written}: ZeRO-{level} shards {shared} too; if memory is short, "
                          "parallel.tensor_model_parallel_size divides the model (`megatron-embed plan` computes it)")
-    elif fsdp is not None and fsdp.value not in (None, "", False):
+    elif fsdp is not None and not is_off("fsdp", fsdp.value):
         draft.set("optimizer.distributed", True, f"{fsdp.written}: optimizer state is sharded")
         draft.remark(f"{fsdp.written}: parameters are not sharded; parallel.tensor_model_parallel_size divides them")
     offloads = (offload is not None and plain(offload.value) in ("cpu", "true")) or (

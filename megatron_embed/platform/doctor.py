@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from megatron_embed import __version__
 from megatron_embed.platform.bf16_support import processor_has_bf16, why_not_bf16
+from megatron_embed.platform.terminal_text import counted
 
 DISTRIBUTION = "megatron_embed"
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -51,7 +52,8 @@ def report(checks: list[Check]) -> str:
     problems = [check for check in checks if check.remedy]
     lines.append("")
     lines += [f"{check.name}: {check.remedy}" for check in problems]
-    lines.append(f"{len(problems)} thing(s) to put right" if problems else "everything that a run needs is here")
+    lines.append(f"{counted(len(problems), 'thing')} to put right" if problems else
+                 "everything that a run needs is here")
     return "\n".join(lines)
 
 

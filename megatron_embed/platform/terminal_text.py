@@ -1,4 +1,5 @@
-"""Escaping of texts from files, arguments and other processes, so that terminals show but never execute them."""
+"""Texts for terminals: numbers of things, and texts from files, arguments and other processes, escaped, so that
+terminals show but never execute them."""
 
 import json
 import logging
@@ -21,6 +22,16 @@ def printable(text: str) -> str:
 
     Letters of every script, tabs and line feeds stay."""
     return _HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
+def counted(count: float, noun: str, plural: str | None = None) -> str:
+    """A number of things: `1 rank`, `2 ranks`, `1,200 queries`.
+
+    Args:
+        plural: of a noun that takes more than an s.
+    """
+    number = f"{int(count) if count == int(count) else count:,}"
+    return f"{number} {noun if count == 1 else plural or noun + 's'}"
 
 
 def one_line(text: str) -> str:

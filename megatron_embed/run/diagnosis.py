@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_embed.platform.terminal_text import counted
 from megatron_embed.run.logged_run import RunLog
 
 LEAST_STEPS = 3
@@ -30,10 +31,11 @@ def mistakes(log: RunLog) -> Iterator[tuple[str, str]]:
 
 
 def _not_finite(log: RunLog) -> str | None:
-    skipped = sum(log.values("skipped_steps"))
+    skipped = round(sum(log.values("skipped_steps")))
     if skipped < max(1, 0.01 * max(row["step"] for row in log.steps)):
         return None
-    return (f"{skipped:.0f} step(s) had a loss or gradient that is not finite and were skipped: lower "
+    return (f"{counted(skipped, 'step')} had a loss or gradient that is not finite and "
+            f"{'was' if skipped == 1 else 'were'} skipped: lower "
             f"training.learning_rate ({_number(log.setting('training.learning_rate'))}), raise training.warmup_steps, "
             "and look at the rows in suspicious_steps.jsonl")
 
@@ -204,8 +206,8 @@ def _few_negatives(log: RunLog) -> str | None:
     files = _list(log.setting("data.train"))
     if not all(file.get("in_batch_negatives", True) for file in files if isinstance(file, dict)):
         return None
-    return (f"a query has {negatives:.0f} negative(s): raise training.global_batch_size (memory is that of a "
-            "micro-batch), or add hard negatives and set data.num_negatives")
+    return (f"a query has {counted(round(negatives), 'negative')}: raise training.global_batch_size (memory is that "
+            "of a micro-batch), or add hard negatives and set data.num_negatives")
 
 
 def _gradient_spikes(log: RunLog) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_embed.config.data import DEFAULT_LENGTH
 from megatron_embed.config.load import read_resolved
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.config.vector_format import with_format
+from megatron_embed.config.vector_format import format_of_run, why_query_length_is_idle, with_format
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.saved_settings import trained_lengths
 
@@ -35,6 +35,9 @@ def inherited(config: RunConfig, model: ModelDirectory, checkpoint: Path | None 
     embedding = dataclasses.replace(config.embedding, normalize=normalize)
     if config.workload.inherits_text_settings:
         embedding = with_format(embedding, model.saved.vectors, sparse=model.saved.sparse)
+        length, vectors = config.data.query_max_length, format_of_run(embedding, model.saved.vectors)
+        if length is not None and (idle := why_query_length_is_idle(length, vectors)):
+            logger.warning("%s", idle)
     if checkpoint is None and config.workload.inherits_text_settings:
         _log(config, model, {**{f"data.{key}": value for key, value in data.items()}, **(
             {} if config.embedding.normalize is not None else {"embedding.normalize": normalize}), **(

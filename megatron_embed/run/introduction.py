@@ -22,6 +22,7 @@ from megatron_embed.platform.bf16_support import has_native_bf16
 from megatron_embed.platform.compat import MEGATRON_VERSION
 from megatron_embed.platform.doctor import cpu_features
 from megatron_embed.platform.launcher import launched_rank
+from megatron_embed.platform.terminal_text import counted
 from megatron_embed.run.preflight import output_directories, read_inputs
 from megatron_embed.run.task import Inputs
 from megatron_embed.training.progress import duration
@@ -106,8 +107,9 @@ def count_parameters(inputs: Inputs) -> Held:
 
 def _device(ranks: int) -> str:
     if torch.cuda.is_available():
-        return f"{ranks} rank(s), {torch.cuda.get_device_name()}"
-    return f"{ranks} rank(s) on the CPU ({cpu_features()[1]}), {torch.get_num_threads()} thread(s) each"
+        return f"{counted(ranks, 'rank')}, {torch.cuda.get_device_name()}"
+    threads = counted(torch.get_num_threads(), "thread")
+    return f"{counted(ranks, 'rank')} on the CPU ({cpu_features()[1]}), {threads} each"
 
 
 def _model(inputs: Inputs) -> str:
@@ -122,8 +124,9 @@ def _model(inputs: Inputs) -> str:
     dtype = str(config.model.dtype)
     if dtype == "auto":  # resolved by all ranks together once they have met
         dtype += ", here bfloat16" if has_native_bf16() else ", here float32"
-    return (f"{config.model.path}: {model.shape.family}, {model.shape.num_layers} layers of {model.shape.hidden_size}"
-            f", {output}; {held.total:,} parameters, {trained}; dtype {dtype}")
+    layers = f"{counted(model.shape.num_layers, 'layer')} of {model.shape.hidden_size}"
+    return (f"{config.model.path}: {model.shape.family}, {layers}, {output}; "
+            f"{held.total:,} parameters, {trained}; dtype {dtype}")
 
 
 def _output(config: RunConfig, model: ModelDirectory) -> str:
@@ -135,7 +138,7 @@ def _output(config: RunConfig, model: ModelDirectory) -> str:
 
 
 def _layout(config: RunConfig, ranks: int) -> str:
-    return f"{describe(config.parallel)}; {grid_of(config, ranks).dp} data-parallel rank(s)"
+    return f"{describe(config.parallel)}; {counted(grid_of(config, ranks).dp, 'data-parallel rank')}"
 
 
 def _batch(config: RunConfig, ranks: int) -> str:
@@ -144,12 +147,14 @@ def _batch(config: RunConfig, ranks: int) -> str:
         parts = f"micro-batches of up to {training.micro_batch_tokens:,} tokens"
     else:
         count = training.global_batch_size // (training.micro_batch_size * dp)
-        parts = f"{count} micro-batch(es) x {training.micro_batch_size} queries x {dp} data-parallel rank(s)"
+        queries = counted(training.micro_batch_size, "query", "queries")
+        parts = f"{counted(count, 'micro-batch', 'micro-batches')} x {queries} x {counted(dp, 'data-parallel rank')}"
     most = config.data.num_negatives
-    negatives = f"up to {most} hard negative(s) per query" if most else "no hard negatives"
+    negatives = f"up to {counted(most, 'hard negative')} per query" if most else "no hard negatives"
     if config.workload.rows == "rerank" and not most:
         negatives = "all documents of a row"
-    return f"{training.global_batch_size:,} queries per step = {parts}; {negatives}, loss {config.objective.loss}"
+    queries = counted(training.global_batch_size, "query", "queries")
+    return f"{queries} per step = {parts}; {negatives}, loss {config.objective.loss}"
 
 
 def _rows(inputs: Inputs) -> str:
@@ -165,30 +170,32 @@ def _steps(inputs: Inputs) -> str:
     training, steps, per_epoch = inputs.config.training, inputs.train_steps, inputs.sampler.steps_per_epoch
     done = f", of which {inputs.resume_state.steps} are done" if inputs.resume_state.steps else ""
     return (f"{steps}{done} = {steps / per_epoch:.4g} epochs of {per_epoch:.4g} steps; learning rate "
-            f"{training.learning_rate:g}, {training.lr_decay_style}, {training.warmup(steps)} step(s) of warmup")
+            f"{training.learning_rate:g}, {training.lr_decay_style}, "
+            f"{counted(training.warmup(steps), 'step')} of warmup")
 
 
 def _evaluations(inputs: Inputs) -> str:
     config, suite = inputs.config, inputs.suite
-    sets = [*(f"{data.name} ({len(data.query_ids):,} queries, {len(data.document_ids):,} documents)"
-              for data in suite.retrieval), *(f"{data.name} ({len(data.scores):,} pairs)" for data in suite.sts),
-            *(f"{data.name} ({len(data.lists):,} lists)" for data in suite.reranking)]
+    sets = [*(f"{data.name} ({counted(len(data.query_ids), 'query', 'queries')}, "
+              f"{counted(len(data.document_ids), 'document')})" for data in suite.retrieval),
+            *(f"{data.name} ({counted(len(data.scores), 'pair')})" for data in suite.sts),
+            *(f"{data.name} ({counted(len(data.lists), 'list')})" for data in suite.reranking)]
     if inputs.validation is not None:
-        sets.append(f"{len(inputs.validation):,} held-out rows")
+        sets.append(counted(len(inputs.validation), "held-out row"))
     if not sets:
         return "nothing: evaluation and data.validation_fraction are not set"
     start = ", before the first" if config.evaluation.at_start and not inputs.resume_state.steps else ""
-    return f"{', '.join(sets)}; every {config.evaluation.every_steps} steps{start} and after the last"
+    return f"{', '.join(sets)}; every {counted(config.evaluation.every_steps, 'step')}{start} and after the last"
 
 
 def _writes(config: RunConfig) -> str:
     checkpoint, files = config.checkpoint, []
     if checkpoint.directory is not None:
-        period = (f"{checkpoint.save_every_steps} steps" if checkpoint.save_every_epochs is None else
-                  f"{checkpoint.save_every_epochs:g} epoch(s)")
+        period = (counted(checkpoint.save_every_steps, "step") if checkpoint.save_every_epochs is None else
+                  counted(checkpoint.save_every_epochs, "epoch"))
         newest = f"the newest {checkpoint.keep}" if checkpoint.keep else "all"
         if checkpoint.keep_every_steps is not None:
-            newest += f", every {checkpoint.keep_every_steps} steps"
+            newest += f", every {counted(checkpoint.keep_every_steps, 'step')}"
         best = f" and the best by {best_metric(config)}" if config.keeps_best else ""
         files.append(f"{checkpoint.directory} (a checkpoint every {period}; {newest}{best} are kept)")
     if config.log_directory is not None:

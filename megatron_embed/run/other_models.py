@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -213,7 +212,7 @@ def _computed(texts: UniqueTexts, role: Role, config: RunConfig, topology: Topol
     except EmptyTextError as error:
         raise ConfigError(f"{key} = {path!r}: the text {error.text[:40]!r} has no tokens in its tokenizer; remove its "
                           "row", key=key) from None
-    return TextVectors(texts.ids, lambda rows: torch.from_numpy(vectors[rows]), vectors.shape[1], _similarity(config))
+    return TextVectors(texts.ids, vectors.rows, vectors.dim, _similarity(config))
 
 
 def _open(config: RunConfig, topology: Topology, key: str, path: str) -> TextEncoder:

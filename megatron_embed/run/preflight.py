@@ -15,7 +15,7 @@ from megatron_embed.data.mixture import build_sampler
 from megatron_embed.data.sampler import ORDER_VERSION, Sampler, steps_of_epochs
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir
-from megatron_embed.evaluation.reranking import load_rerank_file
+from megatron_embed.evaluation.reranking import RerankData, load_rerank_file
 from megatron_embed.evaluation.sts import StsData, load_sts
 from megatron_embed.evaluation.suite import EvaluationSuite
 from megatron_embed.export.embedding import stock_runs_causally
@@ -161,6 +161,7 @@ def open_suite(task: Task) -> EvaluationSuite:
     task.check_evaluations(suite)
     refuse_equal_names("evaluation.retrieval", suite.retrieval)
     refuse_equal_names("evaluation.sts", suite.sts)
+    refuse_equal_names("evaluation.reranking", suite.reranking, remedy="name each file once, or rename one of them")
     suite.require_metric(evaluation.best_metric, task.metric_names if config.data.validates else ())
     return suite
 
@@ -170,12 +171,12 @@ def with_overrides(data: Set, item: EvaluationSet) -> Set:
     return dataclasses.replace(data, instruction=item.instruction, name=item.name or data.name)
 
 
-def refuse_equal_names(key: str, sets: Sequence[BeirData | StsData]) -> None:
+def refuse_equal_names(key: str, sets: Sequence[BeirData | StsData | RerankData], *,
+                       remedy: str = "give one another name: {path: ..., name: ...}") -> None:
     """Raises ConfigError where one set's metrics would hide another's."""
     names = [data.name for data in sets]
     for name in (name for name in names if names.count(name) > 1):
-        raise ConfigError(f"{key} = {names}: two sets are called {name!r}; give one another name: "
-                          "{path: ..., name: ...}", key=key)
+        raise ConfigError(f"{key} = {names}: two sets are called {name!r}; {remedy}", key=key)
 
 
 def require_writable(key: str, directory: str) -> None:

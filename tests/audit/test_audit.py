@@ -54,6 +54,22 @@ def test_clean_step_is_equal(clean):
         assert values["replayed"] == pytest.approx(values["logged"], rel=1e-5), name
 
 
+def test_metrics_that_are_gone_are_named(clean, tmp_path):
+    """The comparison that could not be made; the others are."""
+    assert audit_of(clean, STEPS)[1]["notes"] == []
+    shutil.copytree(clean, tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = [line for line in file.read_text().splitlines(keepends=True) if json.loads(line)["step"] != STEPS]
+    file.write_text("".join(lines))
+    code, result = audit_of(tmp_path / "run", STEPS)
+    assert (code, result["equal"]) == (0, True)
+    assert result["notes"] == [f"{file}: no row with a loss of step 6, so its numbers are not compared with those of "
+                               "audit.jsonl"]
+    file.unlink()
+    code, out, *_ = run_on_ranks(command, 1, ["audit", str(tmp_path / "run"), "--step", str(STEPS)])[0]
+    assert code == 0 and f"\n{file}: not there, so its numbers are not compared with those of audit.jsonl\n" in out
+
+
 @pytest.mark.parametrize("part, key, value", [
     ("labels", "labels", "0" * 16), pytest.param("rows", "row_order", "0" * 16, marks=pytest.mark.slow),
     pytest.param("texts", "query_tokens", 1, marks=pytest.mark.slow)])

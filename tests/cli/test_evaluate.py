@@ -117,6 +117,8 @@ def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, words", [
     (["--dims", "64"], "--dims 64: the model's vectors have 32 dimensions; choose 1 to 32"),
     (["--dims", "8,x"], "'x' is not a whole number above 0"),
+    (["--dims", "8,16,08"], "--dims: '8,16,08' names 08 twice; keep one of them"),
+    (["--reranker-weight", "0.5,.5"], "--reranker-weight: '0.5,.5' names .5 twice; keep one of them"),
     (["--candidates", "5"], "--candidates 5: only search in two stages has candidates; add --two-stage, --precision"),
     (["--reranker-weight", "0.5"], "--reranker-weight 0.5: has no effect without --reranker"),
     (["--reranker-weight", "1"], "'1' must be numbers between 0 and 1"),

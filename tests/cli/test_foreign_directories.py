@@ -1,5 +1,6 @@
 """Somebody else's model directories: the vectors of the stock library, or a refusal that names file, key and value."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -295,6 +296,21 @@ def test_refused_with_file_key_and_value(tmp_path, name):
                       text_format=model.text_format)
     for word in words:
         assert word in str(error.value)
+
+
+def test_chat_templates_with_names_of_which_none_is_the_default(tmp_path):
+    from megatron_embed.data.tokenizer import RoleTokenizer
+    from megatron_embed.errors import CheckpointError
+    from megatron_embed.loading.model_directory import find_model
+
+    path = save_directory(tmp_path / "model", sbert=chat("flat"))
+    for templates, refused in (([("rag", FLAT), ("tool_use", FLAT)], True), ([("default", FLAT), ("rag", "x")], False)):
+        with_template(path, [{"name": name, "template": text} for name, text in templates], in_config=True)
+        with pytest.raises(CheckpointError) if refused else contextlib.nullcontext() as error:
+            RoleTokenizer(str(path), add_eos=False, query_max_length=16, document_max_length=16,
+                          text_format=find_model(str(path)).text_format)
+        assert not refused or ("tokenizer_config.json: chat_template gives the tokenizer chat templates by name (rag, "
+                               "tool_use), and none of them is called default" in str(error.value))
 
 
 MODULES = {

@@ -96,6 +96,10 @@ EQUAL = {
     "own template with a prompt": lambda path: saved(
         decoder(path, jinja=toys.PROMPTED_JINJA), message="auto", prompts={"web": "Find it"},
         default_prompt_name="web", activation_fn=IDENTITY),
+    "the default of several templates": lambda path: saved(
+        toys.named_templates(decoder(path), {"default": toys.PLAIN_JINJA, "rag": "x"}), message="flat"),
+    "the structured default of several templates": lambda path: toys.named_templates(
+        decoder(path), {"default": toys.STRUCTURED_JINJA, "rag": "x"}, in_config=True),
     "causal language model": lambda path: decoder(path, "Qwen3ForCausalLM", jinja=toys.PROMPTED_JINJA),
     "causal language model without template": lambda path: decoder(path, "Qwen3ForCausalLM"),
     "other answers": answers,
@@ -124,6 +128,17 @@ REFUSED = {
     "template with the document first": (
         lambda path: decoder(path, jinja="{{ messages[1].content }} {{ messages[0].content }}"),
         ("{document} comes before {query}",)),
+    "templates with names and no default": (
+        lambda path: toys.named_templates(decoder(path), {"rerank": toys.PLAIN_JINJA, "rag": "x"}),
+        ("/additional_chat_templates gives the tokenizer chat templates by name (", "none of them is called default",
+         "put the one that is meant alone into chat_template.jinja")),
+    "a template with a name in the configuration": (
+        lambda path: saved(toys.named_templates(decoder(path), {"rerank": toys.PLAIN_JINJA}, in_config=True),
+                           message="flat"),
+        ("tokenizer_config.json: chat_template gives the tokenizer chat templates by name (rerank), and none of",)),
+    "templates with names into which the library does not look": (
+        lambda path: toys.named_templates(decoder(path), {"default": toys.PLAIN_JINJA, "rag": "x"}),
+        ("chat templates by name (default, rag); of several templates CrossEncoder does not see that default takes",)),
     "message without a template": (
         lambda path: saved(decoder(path), message="flat"), ("modality message", "no chat template")),
     "other modules": (

@@ -55,16 +55,16 @@ def test_dry_run_says_all_and_leaves_nothing(tmp_path, model, small_beir):
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert list(lines) == ["task", "device", "model", "layout", "batch", "rows", "steps", "lengths", "evaluates",
                            "writes"]
-    assert "2 rank(s) on the CPU" in lines["device"] and "2 data-parallel rank(s)" in lines["layout"]
+    assert "2 ranks on the CPU" in lines["device"] and "2 data-parallel ranks" in lines["layout"]
     trained = 4 * 4 * ((32 + 64) + (64 + 32) + 2 * (32 + 32) + 3 * (32 + 48))
     assert f"{trained:,} trained (" in lines["model"] and "%) by adapters; dtype float32" in lines["model"]
-    assert "8 queries per step = 1 micro-batch(es) x 4 queries x 2 data-parallel rank(s)" in lines["batch"]
+    assert "8 queries per step = 1 micro-batch x 4 queries x 2 data-parallel ranks" in lines["batch"]
     assert "18 to train on, 2 held out" in lines["rows"]
     assert "4 = 1.778 epochs of 2.25 steps" in lines["steps"]
     assert "up to 48 tokens of a query, 48 of a document" in lines["lengths"]
     assert "queries, 40 documents), 2 held-out rows; every 2 steps, before the first and after the last" in lines[
         "evaluates"]
-    assert "a checkpoint every 0.5 epoch(s); the newest 3 and the best by ndcg@10 are kept" in lines["writes"]
+    assert "a checkpoint every 0.5 epochs; the newest 3 and the best by ndcg@10 are kept" in lines["writes"]
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -15,7 +15,8 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import assert_refused, command
 from tests.helpers.runs import configuration, curve, train
 
-TEXTS = ["The quick brown fox", "jumps over; or: it does not!", "the lazy dog, and over a longer text that follows"]
+TEXTS = ["The quick brown fox", "jumps over; or: it does not!", "the lazy dog, and over a longer text that follows",
+         "... !"]
 
 
 def stock(directory, role):
@@ -56,6 +57,7 @@ def test_vectors_are_the_stock_library_s(tmp_path):
         assert_equal(ours[name], directory, name)
     lengths = {name: [len(row) for row in rows["document"]] for name, rows in ours.items()}
     assert lengths["plain"][1] > lengths["colbert"][1], "no punctuation was skipped"
+    assert lengths["colbert"][3] == 2, "[CLS] and [SEP] of a text of punctuation give vectors"
     assert ours["no Dense"]["query"][0].shape[1] == 32
     assert len(ours["colbert"]["query"][0]) == FORMATS["colbert"].expansion["length"]
 
@@ -177,7 +179,8 @@ def test_options_and_texts_that_give_no_vectors_are_refused(small_beir, tmp_path
     encode = ["encode", "--model", directory, "--input", str(texts), "--output", str(tmp_path / "vectors.npy")]
     evaluate = ["evaluate", "--model", directory, "--data", str(small_beir)]
     for arguments, words in (
-            ([*encode, "--role", "document"], ("texts.jsonl:2: the text '...'", "only ones of the skip list")),
+            ([*encode, "--role", "document"], ("texts.jsonl:2: the text '...'", "only ones of the skip list",
+                                                 "shorter skip list (embedding.skiplist_words of a run")),
             ([*evaluate, "--precision", "int8"], ("--precision: ", "a multi-vector model", "leave it out")),
             ([*evaluate, "--dims", "4"], ("--dims: ", "leave it out"))):
         assert_refused(run_on_ranks(command, 1, arguments), *words)

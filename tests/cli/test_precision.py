@@ -75,6 +75,7 @@ def test_evaluate_at_precisions(model, small_beir):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--precision", "int4"], "'int4' must be some of float32, int8, binary, rescore"),
+    (["--precision", "int8,binary, int8"], "--precision: 'int8,binary, int8' names int8 twice; keep one of them"),
     (["--precision", "int8", "--candidates", "5"], "--precision rescore or --reranker"),
 ])
 def test_refusals(model, small_beir, arguments, words):

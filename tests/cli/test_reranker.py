@@ -224,6 +224,8 @@ REFUSALS = [
     ({"reranker": {"max_length": 40}}, DataError, "leaves none for the document"),
     ({"data": {"query_prompt": "query: "}}, ConfigError, "data.query_prompt = 'query: '"),
     ({"evaluation": {"retrieval": ["somewhere"]}}, ConfigError, "a reranker searches no corpus"),
+    ({"evaluation": {"reranking": ["lists.jsonl", "./lists.jsonl"]}}, ConfigError,
+     "_lists'; name each file once, or rename one of them"),
     ({"training": {"micro_batch_tokens": 64}}, ConfigError, "training.micro_batch_tokens = 64 may not hold")]
 
 
@@ -233,9 +235,10 @@ def tied_model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("sections, error, words", REFUSALS, ids=lambda value: str(value)[:40])
-def test_refusals(tied_model, tmp_path, sections, error, words):
+def test_refusals(tied_model, tmp_path, monkeypatch, sections, error, words):
     from megatron_embed.run.preflight import read_inputs
 
+    monkeypatch.chdir(tmp_path)
     path = run_settings(tied_model, tmp_path)
     values = yaml.safe_load((tmp_path / "run.yaml").read_text())
     for section, keys in sections.items():

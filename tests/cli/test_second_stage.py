@@ -107,6 +107,20 @@ def test_the_log_says_what_was_taken(tmp_path, caplog):
     assert "document_max_length" not in caplog.text
 
 
+@pytest.mark.parametrize(("length", "expansion", "idle"), [(64, 32, True), (16, 32, True), (32, 32, False),
+                                                         (None, 32, False), (64, 0, False)])
+def test_a_length_of_queries_beside_their_expansion_is_named(tmp_path, caplog, length, expansion, idle):
+    path = dot_products(tmp_path / "model")
+    config = with_data(run_config(str(path)), query_max_length=length)
+    config = dataclasses.replace(
+        config, objective=dataclasses.replace(config.objective, temperature=1.0),
+        embedding=dataclasses.replace(config.embedding, head="multi_vector", query_expansion=expansion))
+    inherited(config, path)
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ([f"data.query_max_length = {length}: has no effect, since embedding.query_expansion = 32 brings "
+                     "every query to 32 tokens; change that, or remove this"] if idle else [])
+
+
 @pytest.mark.parametrize(("settings", "lengths", "unit"), [
     ({"normalize": False}, (16, 16), True),  # cosine is said by nobody and is the library's default
     ({"normalize": False, "settings": {"similarity_fn_name": "dot"}}, (16, 16), False),

@@ -144,6 +144,18 @@ def test_one_foreign_key_gets_no_advice_to_translate(tmp_path):
         "with train_steps")
 
 
+@pytest.mark.parametrize("key, value, answer", [
+    ("training.push_to_hub", "false", "push_to_hub is not needed: off, as it always is here; remove it"),
+    ("training.hub.push_to_hub", "null", "push_to_hub is not needed: off, as it always is here; remove it"),
+    ("training.push_to_hub", "true", "push_to_hub is not supported: upload the export"),
+    ("lora.init_lora_weights", "false", "init_lora_weights is not supported: adapters are plain LoRA")])
+def test_a_key_that_leaves_a_feature_off_is_not_needed(tmp_path, key, value, answer):
+    section, _, rest = key.partition(".")
+    name, _, inner = rest.partition(".")
+    text = f"{name}: {{{inner}: {value}}}" if inner else f"{name}: {value}"
+    assert answer in refusal(tmp_path, f"model: {{path: m}}\n{section}: {{{text}}}\n")
+
+
 @pytest.mark.parametrize("section, words", [
     ("objective: {loss: infonce}", "infonce is info_nce here"),
     ("objective: {loss: cross_entropy}", "pointwise for a reranker"),

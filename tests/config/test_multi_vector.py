@@ -5,7 +5,14 @@ import pytest
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.run_checks import check_score_temperature
 from megatron_embed.config.schema import EmbeddingConfig
-from megatron_embed.config.vector_format import PUNCTUATION, QueryExpansion, VectorFormat, format_of_run, with_format
+from megatron_embed.config.vector_format import (
+    PUNCTUATION,
+    QueryExpansion,
+    VectorFormat,
+    format_of_run,
+    why_query_length_is_idle,
+    with_format,
+)
 from megatron_embed.errors import ConfigError
 
 MULTI = ["model.path=m", "embedding.head=multi_vector", "objective.temperature=1"]
@@ -32,6 +39,14 @@ def test_refused_with_a_vector_per_token(name):
     overrides, message = REFUSED[name]
     with pytest.raises(ConfigError, match=message):
         config_of_overrides([*MULTI, *overrides])
+
+
+@pytest.mark.parametrize("length, words", [(16, "gives every query at least 32 tokens"), (32, None), (64, None)])
+def test_an_expansion_that_cuts_no_query_leaves_longer_ones(length, words):
+    vectors = VectorFormat(expansion=QueryExpansion(length=32, truncates=False))
+    idle = why_query_length_is_idle(length, vectors)
+    assert idle is None if words is None else words in idle
+    assert why_query_length_is_idle(length, VectorFormat()) is why_query_length_is_idle(length, None) is None
 
 
 @pytest.mark.parametrize("key, value", [("skiplist_words", '["."]'), ("query_expansion", "32"),

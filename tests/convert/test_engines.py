@@ -59,10 +59,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoint"
 
 
-def test_an_unknown_engine_is_refused() -> None:
+def test_an_unknown_or_repeated_engine_is_refused() -> None:
     assert engine_names("tei, vllm, onnxruntime") == ["onnxruntime", "vllm", "tei"]
     with pytest.raises(UserError, match="'ollama' is none of sentence-transformers, transformers, onnxruntime"):
         engine_names("vllm,ollama")
+    with pytest.raises(UserError, match="--verify-with vllm, tei,vllm: names vllm twice; keep one of them"):
+        engine_names("vllm, tei,vllm")
 
 
 def test_llama_cpp_has_no_matryoshka_cut(checkpoint: Path, tmp_path: Path) -> None:

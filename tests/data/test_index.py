@@ -318,20 +318,39 @@ def test_the_directory(write_rows: WriteRows, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("directory", ["index", None])
-def test_a_full_disk(write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str | None):
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_full_disk(write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                     caplog: pytest.LogCaptureFixture, directory: str | None, writes: int):
+    """From the first file on, or behind the first: an error in a directory that is named, else a start without one."""
     path = write_rows(mixed_rows(50))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setattr(index_store, "SMALLEST_KEPT", 10)
+    done: list[int] = []
+
+    def fail(number: int) -> None:
+        done.append(number)
+        if len(done) > writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
     with monkeypatch.context() as full:
-        full.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-        named = "null" if directory is None else repr(directory)
-        with pytest.raises(ConfigError, match=rf"data.index_directory = {named}: "
-                                              r".*rows-.* cannot be written \(No space left on device\); free space "
-                                              "there, set another directory, or 'none' to read all rows"):
-            open_records((TrainFile(path=path),), place=IndexPlace(directory=directory))
-    assert [file.name for file in tmp_path.glob("**/rows-*/*")] == ["locks"]
-    assert len(open_records((TrainFile(path=path),), place=IndexPlace(directory=directory))) == 50
+        full.setattr(os, "fsync", fail)
+        if directory is None:
+            whole = open_records((TrainFile(path=path),), place=IndexPlace(directory=None))
+            assert len(done) == writes + 1
+        else:
+            with pytest.raises(ConfigError, match=rf"data.index_directory = {directory!r}: .*rows-.* cannot be written "
+                                                  r"\(No space left on device\); free space there, set another "
+                                                  "directory, or 'none' to read all rows"):
+                open_records((TrainFile(path=path),), place=IndexPlace(directory=directory))
+    assert ("cannot be written (No space left on device), so every start reads all rows; set data.index_directory"
+            in caplog.text) == (directory is None)
+    assert sorted(file.name for file in tmp_path.glob("**/rows-*/*")) == ["000000.000.bin", "locks"][1 - writes:]
+    again = open_records((TrainFile(path=path),), place=IndexPlace(directory=directory))
+    assert len(again) == 50
+    if directory is None:
+        assert (len(whole), whole.digest) == (50, again.digest)
+        assert [whole[row] for row in range(50)] == [again[row] for row in range(50)]
 
 
 def test_rows_cost_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

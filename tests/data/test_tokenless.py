@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from megatron_embed.config.vector_format import PUNCTUATION, VectorFormat
 from megatron_embed.data.empty_texts import first_empty_text
-from megatron_embed.data.tokenizer import RoleTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
+from tests.helpers.toys import MINILM
 
 BLANK = "\u200b"
 
@@ -55,6 +57,33 @@ def test_nothing_is_read_where_every_text_gets_a_token(directory, settings):
     tokenizer = open_tokenizer(directory, **settings)
     assert tokenizer.tokenize([BLANK], "document").token_ids[0]
     assert first_empty_text(unread(), "document", tokenizer) is None
+
+
+@pytest.mark.parametrize("words, texts, first", [
+    (["."], ["a", ". .", "b"], None), (["[UNK]"], ["a", "a x", ". .", "b"], ". ."),
+    (["b"], ["a", "a b", "b b", "b"], "b b")])
+def test_a_text_of_the_skip_list_alone_is_found(directory, words, texts, first):
+    """Words with letters, and ones that are unknown to the vocabulary, too; only documents skip them."""
+    tokenizer = open_tokenizer(directory, text_format=TextFormat(vectors=VectorFormat(skiplist_words=tuple(words))))
+    labelled = list(enumerate(texts))
+    assert first_empty_text(labelled, "query", tokenizer) is None
+    assert first_empty_text(labelled, "document", tokenizer) == (None if first is None else (texts.index(first), first))
+
+
+def test_a_prompt_of_the_skip_list_gives_no_vector(directory):
+    vectors = VectorFormat(skiplist_words=("b",))
+    skipped, kept = (open_tokenizer(directory, document_prompt=prompt, text_format=TextFormat(vectors=vectors))
+                     for prompt in ("b ", "a "))
+    assert first_empty_text([(0, "a"), (1, "b")], "document", skipped) == (1, "b")
+    assert first_empty_text([(0, "a"), (1, "b")], "document", kept) is None
+
+
+def test_special_tokens_of_a_document_of_punctuation_give_vectors():
+    """As in ColBERT: [CLS] and [SEP] are no punctuation, so nothing is refused."""
+    vectors = VectorFormat(skiplist_words=PUNCTUATION)
+    tokenizer = open_tokenizer(str(MINILM), text_format=TextFormat(vectors=vectors))
+    assert first_empty_text([(0, "... !")], "document", tokenizer) is None
+    assert tokenizer.tokenize(["... !"], "document").kept == [[True, False, False, False, False, True]]
 
 
 def test_an_empty_prompt_of_the_other_role_helps_nobody(directory):

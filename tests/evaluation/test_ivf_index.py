@@ -43,7 +43,7 @@ def test_rows_of_shards_in_any_order(clustered: VectorFile):
     np.save(f"{clustered.path}/1.npy", damaged)
     broken = VectorFile(clustered.path, "--vectors", similarity="cosine")
     for read in (lambda: broken.gather(np.array([3, 1207])), lambda: list(broken.blocks())):
-        with pytest.raises(DataError, match=r"vectors:1208: the vector is not finite"):
+        with pytest.raises(DataError, match=r"vectors:1208: the vector is not finite \(1\.npy, row 8\)"):
             read()
 
 
@@ -74,6 +74,22 @@ def test_parts_are_gone_on_with_and_find_what_exact_search_finds(clustered: Vect
     assert len(list(folder.glob("0*.faiss"))) == 5
     wide = IvfIndex(clustered, IvfSettings(lists=20, probes=1)).search(queries, 2900)
     assert (wide[1][:, -1] == -1).all() and (wide[1][:, 0] >= 0).all()
+
+
+def test_vectors_that_overflow_in_the_lists_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """When the lists are built, by their row; when they are searched, if an earlier version built them."""
+    vectors = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
+    vectors[333, 2] = -70000
+    np.save(tmp_path / "vectors.npy", vectors)
+    settings, file = IvfSettings(lists=4, probes=4), str(tmp_path / "vectors.npy")
+    IvfIndex(VectorFile(file, "--vectors", similarity="cosine"), settings)
+    dots = VectorFile(file, "--vectors", similarity="dot")
+    with pytest.raises(DataError, match=r"vectors.npy:334: a component of 70000 is too large .* hold float16; choose"):
+        IvfIndex(dots, settings)
+    monkeypatch.setattr(IvfIndex, "_require_float16", lambda *_: None)
+    older = IvfIndex(dots, settings)
+    with pytest.raises(ConfigError, match=r"000000.faiss: damaged: it gives scores that are not finite; remove"):
+        older.search(torch.tensor([[0.0, 0.0, -1.0, 0.0]]), 3)
 
 
 def test_a_part_in_the_place_of_another_is_refused(clustered: VectorFile, monkeypatch: pytest.MonkeyPatch):

@@ -60,6 +60,19 @@ def decoder(path, kind="Qwen3ForSequenceClassification", *, jinja=None):
     return path
 
 
+def named_templates(path, templates, *, in_config=False):
+    """Give the tokenizer chat templates with names, in files or in tokenizer_config.json."""
+    if in_config:
+        edit(path / "tokenizer_config.json", chat_template=[
+            {"name": name, "template": text} for name, text in templates.items()])
+        return path
+    (path / "additional_chat_templates").mkdir()
+    for name, text in templates.items():
+        file = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        (path / file).write_text(text, encoding="utf-8")
+    return path
+
+
 def saved(path, *, message=None, answers=None, settings=None, **values):
     """Add Sentence Transformers' files. `answers`: token ids of a LogitScore; `values`: the model's own settings."""
     how = {"method": "forward", "method_output_name": "logits"}

@@ -194,6 +194,22 @@ def test_spellings_of_options(options, expected):
         assert value_of(config, key) == (pytest.approx(value) if isinstance(value, float) else value), key
 
 
+@pytest.mark.parametrize("option, seconds, words", [
+    ("--ddp_timeout 1800", 1800, None), ("--ddp_timeout 1.8e3", 1800, None),
+    ("--distributed_timeout_minutes 30", 1800, None),
+    ("--ddp_timeout 180000000", 1_000_000,
+     "longer than parallel.timeout_seconds can be, which is 1000000, eleven days"),
+    ("--distributed_timeout_minutes 60000", 1_000_000, "longer than parallel.timeout_seconds can be"),
+    ("--ddp_timeout 1e999", 1_000_000, "longer than parallel.timeout_seconds can be"),
+    ("--ddp_timeout 0", 600, "parallel.timeout_seconds must be above 0; it keeps its default"),
+    ("--ddp_timeout 30m", 600, "not a number; set parallel.timeout_seconds to its value")])
+def test_a_timeout_that_is_not_taken_as_it_is_has_a_remark(option, seconds, words):
+    config, draft = config_of(COMMAND + option)
+    assert config.parallel.timeout_seconds == seconds
+    assert [remark.startswith(f"{option}: {words}") for remark in draft.remarks if "timeout" in remark] == (
+        [True] if words else [])
+
+
 def test_file_as_name_of_a_data_set_has_no_configuration_or_split():
     command = ("python -m tevatron.retriever.driver.train --model_name_or_path m --dataset_config default "
                "--dataset_split dev --train_group_size 2 --dataset_name ")
@@ -230,6 +246,24 @@ def test_settings_that_are_null_change_nothing(tmp_path):
     draft = translated(str(path))
     assert draft.remarks[-1] == "without a line, since they change nothing here: run_name: null; push_to_hub: null"
     assert not any(remark.startswith("push_to_hub") for remark in draft.remarks)
+
+
+def test_features_that_are_left_off_are_not_needed(tmp_path):
+    """A value that leaves off what is not supported asks for nothing; one that turns it on, or means more, does."""
+    path = tmp_path / "arguments.yaml"
+    off = {"push_to_hub": "false", "hub_model_id": '""', "label_smoothing_factor": "0.0", "use_dora": "False",
+           "lora_bias": "none", "additional_special_tokens": "[]", "trust_remote_code": "no"}
+    on = {"save_only_model": "true", "neftune_noise_alpha": "5", "init_lora_weights": "false", "start_layer": "0"}
+    path.write_text("".join(f"{name}: {value}\n" for name, value in (
+        {"model_name_or_path": "m", "quant_method": "none", "deepspeed": "null", "fsdp": "no", "use_lora": "off"}
+        | off | on).items()))
+    config, draft = config_of(str(path))
+    for name in (*off, *on):
+        (remark,) = [remark for remark in draft.remarks if remark.startswith(f"{name}: ")]
+        assert (": not needed: off, as it always is here" in remark, ": not supported: " in remark) == (
+            name in off, name in on), remark
+    assert config.lora.rank == 0 and config.model.quantization == "none"
+    assert not [remark for remark in draft.remarks if remark.startswith(("quant_method", "deepspeed", "fsdp", "use_l"))]
 
 
 def test_accumulation_of_a_batch_over_all_devices_is_the_one_that_is_written(tmp_path):

@@ -99,7 +99,7 @@ def test_cpu_features_are_read_from_cpuinfo(tmp_path):
 def test_report_marks_problems_and_ends_with_what_to_do():
     lines = report([Check(name="a", value="1"), Check(name="bb", value="2", note="by the way"),
                     Check(name="c", value="3", remedy="install it")]).splitlines()
-    assert lines == ["ok a   1", "-- bb  2  (by the way)", "!! c   3", "", "c: install it", "1 thing(s) to put right"]
+    assert lines == ["ok a   1", "-- bb  2  (by the way)", "!! c   3", "", "c: install it", "1 thing to put right"]
 
 
 @pytest.mark.parametrize("remedy, code", [("", 0), ("install it", 1)])

@@ -137,10 +137,16 @@ def check_engines(engines: Sequence[EngineName], source: str) -> None:
 
 
 def engine_names(text: str) -> list[EngineName]:
-    """The engines of a list with commas, in the order of the tables. Raises UserError for a name that is none."""
+    """The engines of a list with commas, in the order of the tables.
+
+    Raises:
+        UserError: a name that is none, or is there twice.
+    """
     known: list[EngineName] = [*ENGINES, *RULES]
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
             raise UserError(f"--verify-with: {name!r} is none of {', '.join(known)}")
+        if names.count(name) > 1:
+            raise UserError(f"--verify-with {text}: names {name} twice; keep one of them")
     return [name for name in known if name in names]
