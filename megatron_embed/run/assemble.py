@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_embed.checkpoint.best import BestCheckpoint
@@ -36,6 +35,7 @@ from megatron_embed.parallel.heartbeat import monitor_ranks
 from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.planning.advice import with_adapters
+from megatron_embed.platform.determinism import deterministic_algorithms
 from megatron_embed.platform.stop_signal import finishing
 from megatron_embed.run.audit_facts import facts_of_objects, facts_of_start
 from megatron_embed.run.batch_sharing import fork_server, receive_batches
@@ -80,11 +80,10 @@ def run_training(config: RunConfig, on_step: OnStep | None = None) -> dict[str, 
         LostRankError: another rank is gone.
     """
     stop = StopRequest(config.training.exit_duration_minutes)
-    if config.training.deterministic:
-        torch.use_deterministic_algorithms(True)
-    completed = completed_run(config)
-    inputs = None if completed is not None else read_inputs(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(deterministic_algorithms(config.training.deterministic))
+        completed = completed_run(config)
+        inputs = None if completed is not None else read_inputs(config)
         server = stack.enter_context(fork_server(inputs))
         topology = initialize(config.parallel)
         stack.enter_context(monitor_ranks(topology, abort))

@@ -1,5 +1,6 @@
 """What a process on a GPU is given before CUDA starts, and what is left alone."""
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -113,7 +114,7 @@ def test_determinism_is_refused_where_the_environment_forbids_it(environment, ru
 
 
 def losses(values):
-    """(loss, whether Megatron and torch were told) of a run with these values."""
+    """(loss, whether Megatron and torch were told, torch's setting afterwards) of a run with these values."""
     from megatron_embed.models import encoder
 
     original, told = encoder.megatron_config, []
@@ -123,17 +124,39 @@ def losses(values):
         told.append((config.deterministic_mode, torch.are_deterministic_algorithms_enabled()))
         return config
 
-    try:
-        with mock.patch.object(encoder, "megatron_config", built):
-            return train(values)["loss"], set(told)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with mock.patch.object(encoder, "megatron_config", built):
+        loss = train(values)["loss"]
+    return loss, set(told), torch.are_deterministic_algorithms_enabled()
 
 
 def test_torch_and_megatron_are_told_to_be_deterministic(tmp_path):
     model = save_model(tmp_path / "model", "qwen3", tokenizer=True)
-    ((loss, told),) = run_on_ranks(losses, 1, configuration(model, tmp_path / "run", train_steps=1, deterministic=True))
-    assert told == {(True, True)} and loss > 0
+    values = configuration(model, tmp_path / "run", train_steps=1, deterministic=True)
+    ((loss, told, afterwards),) = run_on_ranks(losses, 1, values)
+    assert told == {(True, True)} and loss > 0 and not afterwards
+
+
+def settings_around_a_failing_run(values):
+    """torch's settings in a run that fails at its first rows, and afterwards, from the two that a program can have."""
+    def fail(config):
+        seen.append(torch.get_deterministic_debug_mode())
+        raise ConfigError("no rows")
+
+    seen = []
+    with mock.patch.object(assemble, "read_inputs", fail):
+        for mode in ("default", "warn"):
+            torch.set_deterministic_debug_mode(mode)
+            with contextlib.suppress(ConfigError):
+                train(values)
+            seen.append(torch.get_deterministic_debug_mode())
+    torch.set_deterministic_debug_mode("default")
+    return seen
+
+
+def test_programs_own_setting_of_torch_comes_back(tmp_path):
+    """0: none, 1: warnings, 2: errors where there is no deterministic algorithm."""
+    values = configuration("m", tmp_path / "run", train_steps=1, deterministic=True)
+    assert run_on_ranks(settings_around_a_failing_run, 1, values) == [[2, 0, 2, 1]]
 
 
 def test_launch_scripts_set_nothing_of_it():
