@@ -28,8 +28,10 @@ from megatron_embed.config.objective import CONTRASTIVE
 from megatron_embed.config.schema import CheckpointConfig, EvaluationConfig, LoggingConfig, ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.parallel.lost_rank import monitored_ranks
+from megatron_embed.platform.determinism import deterministic_algorithms
 from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.audit_facts import settings_digest
+from megatron_embed.run.environment import set_environment
 from megatron_embed.run.run_directory import describe_rows
 from megatron_embed.training.audit_log import AUDIT_FILE
 from megatron_embed.training.metrics import METRICS_FILE
@@ -73,8 +75,10 @@ def audit(args: argparse.Namespace) -> tuple[Audit, int]:
                      difference=Difference(step=done + 1, part="weights", values={}), causes=damaged,
                      tolerance=Tolerance(dtype="float32", replayed=0),
                      seconds=time.monotonic() - begun), launched_rank()[0]
-    with monitored_ranks() as start:
-        with opened(config_of_audit(config, log, args, checkpoint), checkpoint, start) as replay:
+    replayed = config_of_audit(config, log, args, checkpoint)
+    set_environment(replayed)
+    with deterministic_algorithms(replayed.training.deterministic), monitored_ranks() as start:
+        with opened(replayed, checkpoint, start) as replay:
             if config.embedding.head in ("multi_vector", "sparse", "joint"):
                 notes.append(f"the loss of a {config.embedding.head} model is computed as in training, not by a plain "
                              "reference")

@@ -11,6 +11,7 @@ from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
 from megatron_embed.parallel.connections import prepare, shared_groups
 from megatron_embed.parallel.rendezvous import Rendezvous, report_to_other_store
+from megatron_embed.platform import cuda_environment
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 from megatron_embed.platform.launcher import knows_local_rank, launched_rank, rendezvous_address, source_of_world_size
 
@@ -266,6 +267,8 @@ def initialize(sizes: ParallelConfig) -> Topology:
     global _latest
     if _latest is not None and _has_its_groups(_latest, sizes):
         return _latest
+    # For every command and the Python API; `train` does so before torch is loaded.
+    cuda_environment.set_for_layout(sizes.tensor_model_parallel_size, sizes.context_parallel_size)
     device = torch.device("cpu")
     if HAS_CUDA:
         device = torch.device("cuda", device_of(local_rank, torch.cuda.device_count(), is_known=knows_local_rank()))

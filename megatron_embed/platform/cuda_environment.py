@@ -38,9 +38,10 @@ def set_for_layout(tensor_model_parallel_size: int, context_parallel_size: int) 
     Megatron orders the two by submission, which needs one hardware queue before Blackwell, and warns or refuses without
     it (megatron/training/arguments.py); everything else is faster with CUDA's own number. Before CUDA starts.
     """
+    if max(tensor_model_parallel_size, context_parallel_size) == 1:
+        return
     capability = compute_capability()
-    if max(tensor_model_parallel_size, context_parallel_size) > 1 and (capability is None or
-                                                                       capability[0] < BLACKWELL):
+    if capability is None or capability[0] < BLACKWELL:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 

@@ -1,11 +1,15 @@
 """`audit`: equal to a run in every layout; what differs is found, and named if it is a known fault."""
 
 import json
+import os
 import shutil
+from unittest import mock
 
 import pytest
+import torch
 
 from megatron_embed.errors import ConfigError
+from megatron_embed.platform.cuda_environment import DETERMINISTIC
 from tests.audit.audits import STEPS, audit_of, run_with, values_of
 from tests.audit.faults import FAULTS, train_with
 from tests.helpers.ranks import run_on_ranks
@@ -52,6 +56,30 @@ def test_clean_step_is_equal(clean):
     assert result["rows"][0]["source"].startswith(f"{clean}.jsonl:")
     for name, values in result["metrics"].items():
         assert values["replayed"] == pytest.approx(values["logged"], rel=1e-5), name
+
+
+def settings_of_replay(directory):
+    """(exit code, setting of torch and environment variables in every replayed step, torch's setting afterwards)."""
+    from megatron_embed.audit import replay
+
+    step, seen = replay.gradient_step, []
+
+    def recorded(*arguments):
+        seen.append((torch.are_deterministic_algorithms_enabled(), {name: os.environ.get(name) for name in (
+            *DETERMINISTIC, "CUDA_DEVICE_MAX_CONNECTIONS")}))
+        return step(*arguments)
+
+    with mock.patch.object(replay, "gradient_step", recorded):
+        code, *_ = command(["audit", str(directory), "--step", "2"])
+    return code, seen, torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_run_is_replayed_by_deterministic_algorithms(model, tmp_path):
+    """By the variables that the run's kernels and layout need, too; torch's own setting comes back."""
+    directory = run_with(None, model, tmp_path, ranks=2, parallel=layout(2), training={
+        "deterministic": True, "train_steps": 2, "warmup_steps": 0})
+    wanted = {name: values[0] for name, values in DETERMINISTIC.items()} | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert run_on_ranks(settings_of_replay, 2, directory) == [(0, [(True, wanted)] * 2, False)] * 2
 
 
 def test_metrics_that_are_gone_are_named(clean, tmp_path):
