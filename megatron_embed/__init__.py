@@ -29,6 +29,9 @@ def load(directory: str, *, pooling: str | None = None, max_length: int | None =
     Raises:
         UserError: the model does not exist, or cannot do that.
     """
+    from megatron_embed.platform import cuda_environment
+
+    cuda_environment.set_defaults()
     from megatron_embed.api import open_any
 
     return open_any(directory, pooling=pooling, max_length=max_length, dtype=dtype, normalize=normalize)

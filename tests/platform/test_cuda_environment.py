@@ -11,12 +11,15 @@ from unittest import mock
 import pytest
 import torch
 
+import megatron_embed
 from megatron_embed import __main__ as program
+from megatron_embed import api
 from megatron_embed.errors import ConfigError
 from megatron_embed.parallel import topology
 from megatron_embed.platform import cuda_environment, gpus
 from megatron_embed.run import assemble
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
 from tests.helpers.runs import configuration, train
 from tests.helpers.toys import REPOSITORY, save_model
 
@@ -99,6 +102,63 @@ def test_training_sets_what_its_layout_and_determinism_need(monkeypatch, environ
     assert seen == [{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True",
                      "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring",
                      "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}]
+
+
+def test_training_from_python_sets_the_same(monkeypatch, environment, run_file):
+    seen = []
+    monkeypatch.setattr(cuda_environment, "torch_version", lambda: (2, 13))
+    monkeypatch.setattr(assemble, "run_training", lambda config, on_step: seen.append(environment()) or {})
+    assert megatron_embed.train(run_file) == {}
+    assert seen == [{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+                     "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring",
+                     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}]
+
+
+FROM_PYTHON = """
+import importlib.abc, os, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print({key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")})
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+import megatron_embed
+megatron_embed.CALL
+"""
+
+
+@pytest.mark.parametrize("call", ["load('m')", "train({'model': {'path': 'm'}})"])
+def test_python_programs_have_the_allocators_variable_before_torch(call):
+    clean = {name: value for name, value in os.environ.items() if name not in (*OURS, *LEFT_ALONE)}
+    done = subprocess.run([sys.executable, "-c", FROM_PYTHON.replace("CALL", call)], cwd=REPOSITORY, env=clean,
+                          capture_output=True, text=True, check=True)
+    name = cuda_environment.ALLOCATOR_NAMES[cuda_environment.torch_version() < (2, 10)]
+    assert done.stdout.strip() == str({name: "expandable_segments:True"})
+
+
+def test_loading_from_python_sets_the_defaults(monkeypatch, environment):
+    seen = []
+    monkeypatch.setattr(cuda_environment, "torch_version", lambda: (2, 13))
+    monkeypatch.setattr(api, "open_any", lambda *arguments, **options: seen.append(environment()))
+    megatron_embed.load("m")
+    assert seen == [{"PYTORCH_ALLOC_CONF": "expandable_segments:True"}]
+
+
+def connections_of_encode(model, folder, tp_size):
+    """(exit code, CUDA_DEVICE_MAX_CONNECTIONS) of `encode` on a rank."""
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    code, *_ = command(["encode", "--model", model, "--input", str(folder / "texts.jsonl"), "--output",
+                        str(folder / f"tp{tp_size}.npy"), f"parallel.tensor_model_parallel_size={tp_size}"])
+    return code, os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+
+
+def test_commands_set_what_tensor_parallelism_needs(tmp_path):
+    model = save_model(tmp_path / "model", "qwen3", tokenizer=True)
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert run_on_ranks(connections_of_encode, 2, model, tmp_path, 2) == [(0, "1")] * 2
+    assert run_on_ranks(connections_of_encode, 1, model, tmp_path, 1) == [(0, None)]
 
 
 @pytest.mark.parametrize("name, value", [("NCCL_ALGO", "Tree"), ("CUBLAS_WORKSPACE_CONFIG", ":0:0"),
