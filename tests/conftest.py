@@ -7,10 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.helpers.fixed_libraries import fix_libraries
 from tests.helpers.ranks import shutdown_ranks
 
 # torch asks the name server about every address that it connects to, 127.0.0.1 as well; one lost answer takes 5 s.
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
+
+fix_libraries()
 
 gc.disable()  # until all tests are imported, which takes a seventh less time so
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.helpers.fixed_libraries import fix_libraries
 from tests.helpers.ranks import CONNECT_SECONDS, STACK_SIGNAL, Call, Report
 
 IMPORTED = ("megatron_embed.run.assemble", "torch.distributed.checkpoint", "transformers.models.bert.modeling_bert",
@@ -35,6 +36,7 @@ def nurse(descriptor: int, parent: int, libraries: list[str]) -> None:
     """
     _die_with(parent)
     gc.disable()  # A seventh of the imports' time.
+    fix_libraries()
     for module in (*IMPORTED, *libraries):
         importlib.import_module(module)
     torch.set_num_threads(1)
