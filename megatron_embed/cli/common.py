@@ -113,7 +113,7 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
                         help="Computation dtype; auto: bfloat16 if the GPU or processor of every rank supports it, "
                              "else float32 (default: the model's own setting, else float32)")
     parser.add_argument("--no-normalize", action="store_true", help="Do not L2-normalize the vectors")
-    add_overrides(parser, "parallel.", "parallel.KEY=VALUE")
+    add_overrides(parser, ("parallel.", "model.cpu_matmul="), "parallel.KEY=VALUE")
 
 
 def add_given_vectors(parser: argparse.ArgumentParser, of_what: str) -> None:
@@ -146,8 +146,8 @@ def check_vector_options(args: argparse.Namespace) -> None:
                               key=option)
 
 
-def add_overrides(parser: argparse.ArgumentParser, prefix: str, metavar: str) -> None:
-    """Add the trailing settings, which must begin with `prefix`."""
+def add_overrides(parser: argparse.ArgumentParser, prefix: str | tuple[str, ...], metavar: str) -> None:
+    """Add the trailing settings, which must begin with `prefix`, or with one of several."""
 
     def override(text: str) -> str:
         if text.startswith(prefix) and "=" in text:

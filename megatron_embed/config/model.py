@@ -41,7 +41,8 @@ class ModelConfig:
     cpu_matmul: tuple[MatmulLibrary, ...] | None = None
     """Libraries of the float32 matrix products of CPU ranks, for the forward pass, the gradient of the input and that
     of the weight; torch: its own choice, MKL on x86. null: the fastest of each, measured on rank 0 when training starts
-    (a tenth of a second; onednn for matrices below 65,536 elements); a resumed run keeps its checkpoint's."""
+    (a fifth of a second; onednn for matrices below 65,536 elements); a resumed run keeps its checkpoint's. `encode`,
+    `evaluate` and others compute with those of a checkpoint, and take this setting too."""
 
     quantization: Quantization = "none"
     """Hold the frozen weights of the layers' linears in 4 bits (nf4: Dettmers et al. 2023, arXiv:2305.14314) or 8 bits

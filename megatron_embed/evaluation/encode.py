@@ -27,6 +27,7 @@ from megatron_embed.parallel.collectives import (
 )
 from megatron_embed.parallel.topology import Topology, token_alignment
 from megatron_embed.platform import stop_signal as stop
+from megatron_embed.platform.cpu_linear import Libraries, libraries_used
 
 Item = TypeVar("Item")
 
@@ -47,14 +48,19 @@ class ModelRunner:
     """A loaded model on all ranks that turns items (texts or pairs) into rows; each data-parallel rank runs a share."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, *, pooling: ModelPooling, dim: int,
-                 kernel: AttentionKernel, causal: bool) -> None:
-        """`dim`: output width, 1 for scores, of a sparse model the vocabulary's."""
+                 kernel: AttentionKernel, causal: bool, libraries: Libraries | None = None) -> None:
+        """
+        Args:
+            dim: output width, 1 for scores, of a sparse model the vocabulary's.
+            libraries: of float32 products on CPU ranks; None: those of the process, as in a training run.
+        """
         self.chunks = chunks
         self.topology = topology
         self.pooling = pooling
         self.dim = dim
         self.kernel = kernel
         self.causal = causal
+        self.libraries = libraries
         self.shape = unwrapped(chunks[0]).shape
         # A sparse model's tensor-parallel ranks have a share of the vocabulary each.
         self.width = padded_vocabulary(dim, topology.tp_size) // topology.tp_size if pooling == "splade" else dim
@@ -86,7 +92,7 @@ class ModelRunner:
         """
         block = TEXTS_AT_ONCE * self.topology.dp_size
         result = torch.empty(len(items), self.dim)
-        with bar, evaluation_mode(self.chunks):
+        with bar, evaluation_mode(self.chunks), libraries_used(self.libraries):
             for first in range(0, len(items), block):
                 leave_if_asked()
                 part = items[first : first + block]
@@ -135,7 +141,7 @@ class ModelRunner:
         counts = torch.ones(num_items, dtype=torch.int64)
         if self.pooling != "splade" and self.gives_several:
             counts = vector_counts(micro_batches)[:num_items]
-        with evaluation_mode(self.chunks):
+        with evaluation_mode(self.chunks), libraries_used(self.libraries):
             vectors = self._run_share(micro_batches, int(counts.sum()))
         leave_if_asked()
         return TextVectors(vectors=vectors, counts=counts)
@@ -207,8 +213,9 @@ class TextEncoder(ModelRunner):
     """A loaded embedding model with its tokenizer. Every method is called by all ranks together."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *,
-                 pooling: ModelPooling, dim: int, kernel: AttentionKernel, causal: bool) -> None:
-        super().__init__(chunks, topology, pooling=pooling, dim=dim, kernel=kernel, causal=causal)
+                 pooling: ModelPooling, dim: int, kernel: AttentionKernel, causal: bool,
+                 libraries: Libraries | None = None) -> None:
+        super().__init__(chunks, topology, pooling=pooling, dim=dim, kernel=kernel, causal=causal, libraries=libraries)
         self.tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str], role: Role, *, instruction: str | None = None,

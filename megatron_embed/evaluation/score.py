@@ -15,15 +15,17 @@ from megatron_embed.evaluation.finite import require_finite
 from megatron_embed.models.encoder import AttentionKernel
 from megatron_embed.names import Activation, Pooling
 from megatron_embed.parallel.topology import Topology
+from megatron_embed.platform.cpu_linear import Libraries
 
 
 class PairScorer(ModelRunner):
     """A loaded reranker with its tokenizer. Every method is called by all ranks together."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: PairTokenizer, *,
-                 pooling: Pooling, kernel: AttentionKernel, causal: bool, activation: Activation) -> None:
+                 pooling: Pooling, kernel: AttentionKernel, causal: bool, activation: Activation,
+                 libraries: Libraries | None = None) -> None:
         """`activation`: what `score` applies to the head's raw scores."""
-        super().__init__(chunks, topology, pooling=pooling, dim=1, kernel=kernel, causal=causal)
+        super().__init__(chunks, topology, pooling=pooling, dim=1, kernel=kernel, causal=causal, libraries=libraries)
         self.tokenizer = tokenizer
         self.activation = activation
 

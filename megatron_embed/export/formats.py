@@ -224,7 +224,8 @@ def _compare_hf(source: str, directory: Path) -> list[str]:
     arguments = argparse.Namespace(model=source, dtype=None, pooling="mean", max_length=None, no_normalize=True,
                                    overrides=[])
     try:
-        encoder, model, _ = open_encoder(arguments, prompts=False, with_dense=False, given_prompts={"document": ""})
+        encoder, model, _ = open_encoder(arguments, prompts=False, with_dense=False, given_prompts={"document": ""},
+                                         own_libraries=False)
     except UserError as error:
         # Such as Sentence Transformers modules that we do not compute: they pass through a conversion all the same.
         return [f"not compared on texts: {error}"]
@@ -271,7 +272,7 @@ def _compare_sentence_transformers(source: str, expected: ExpectedSettings, addi
     several = read_saved_settings(hf).vectors is not None  # they have a length for each role
     arguments = argparse.Namespace(model=source, dtype=None, pooling=None, no_normalize=False, overrides=[],
                                    max_length=None if several else expected.max_seq_length)
-    encoder, model, _ = open_encoder(arguments, prompts=True,
+    encoder, model, _ = open_encoder(arguments, prompts=True, own_libraries=False,
                                      multi_vector=True if find_joint_heads(hf) is None else "joint")
     probes = export_probes(encoder, PROBE_TEXTS, expected.max_seq_length)
     del encoder  # its memory goes before the stock library takes as much

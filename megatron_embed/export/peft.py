@@ -67,7 +67,7 @@ def _compare_vectors(source: str, checkpoint: CheckpointDirectory, directory: Pa
 
     encoder, model, _ = open_encoder(
         argparse.Namespace(model=source, dtype="float32", pooling="mean", max_length=None, no_normalize=True,
-                           overrides=[]), prompts=False, with_dense=False)
+                           overrides=[]), prompts=False, with_dense=False, own_libraries=False)
     rows = encoder.tokenizer.tokenize(PROBE_TEXTS, "document").token_ids
     texts = [text for text, ids in zip(PROBE_TEXTS, rows, strict=True) if ids]
     vectors = encoder.encode(texts, "document")
@@ -82,7 +82,7 @@ def _compare_scores(source: str, checkpoint: CheckpointDirectory, directory: Pat
     from megatron_embed.export.reranker import PROBES, comparable
     from megatron_embed.loading.reranker import head_spec, open_scorer, saved_settings
 
-    scorer, model, _ = open_scorer(source, dtype="float32")
+    scorer, model, _ = open_scorer(source, dtype="float32", own_libraries=False)
     spec = head_spec(saved_settings(model), scorer.tokenizer)
     pairs = comparable(PROBES, scorer.tokenizer)
     rows = scorer.tokenizer.tokenize(pairs)

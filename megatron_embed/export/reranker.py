@@ -143,7 +143,7 @@ def export_reranker_checkpoint(source: str, destination: str, options: ExportOpt
     def verify(directory: Path) -> list[str]:
         if reason := why_not_compared(directory, options):
             return [reason]
-        scorer, _, _ = open_scorer(source, dtype="float32")
+        scorer, _, _ = open_scorer(source, dtype="float32", own_libraries=False)
         probes, dtype = PairProbes.of(scorer), options.dtype or "float32"
         lines = reranker.compare(directory, probes.pairs, probes.raw, dtype)
         return lines if addition is None else [*lines, addition.compare_scores(directory, probes, TOLERANCE[dtype])]

@@ -34,6 +34,7 @@ from megatron_embed.loading.joint_heads import as_joint_model, joint_pooling, wi
 from megatron_embed.loading.quantized import load_quantized_weights, quantized_as
 from megatron_embed.loading.vocabulary_head import check_sparse, holds_vocabulary_head, load_vocabulary_head
 from megatron_embed.models.auto_dtype import resolve_dtype
+from megatron_embed.models.auto_matmul import libraries_for_encoding
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width, joint_projection
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model
@@ -357,8 +358,8 @@ def open_role_tokenizer(model: ModelDirectory, *, pooling: ModelPooling, max_len
 
 def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = True,
                  given_prompts: dict[Role, str] | None = None, start: Start = initialize, key: str = "--model",
-                 multi_vector: bool | Literal["joint"] = False,
-                 option: str | None = None) -> tuple[TextEncoder, ModelDirectory, Topology]:
+                 multi_vector: bool | Literal["joint"] = False, option: str | None = None,
+                 own_libraries: bool = True) -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
     Args:
@@ -372,6 +373,8 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
         key: the option that names the directory, for messages.
         multi_vector: whether a model may give a vector for every token; joint: with the joint heads of its directory.
         option: that was given and keeps a model from doing so.
+        own_libraries: on CPU ranks, multiply by the libraries that suit this model; False: by those of the process, as
+            a model inside a training run does, and one that an export is compared with.
     """
     model = find_model(args.model, key)
     if multi_vector == "joint":
@@ -399,7 +402,8 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
                                         prompts=prompts, given_prompts=given_prompts)
         topology = start(config.parallel)
         config = resolve_dtype(config)
+        libraries = libraries_for_encoding(config, model.shape, model.checkpoint) if own_libraries else None
         chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.dim(embedding),
-                          kernel=attention_kernel(config, model.shape), causal=chunks[0].causal)
+                          kernel=attention_kernel(config, model.shape), causal=chunks[0].causal, libraries=libraries)
     return encoder, model, topology

@@ -28,6 +28,7 @@ from megatron_embed.loading.model_directory import ModelDirectory, error_context
 from megatron_embed.loading.quantized import quantized_as
 from megatron_embed.loading.vocabulary_head import passthrough_tensors, require_new_weights
 from megatron_embed.models.auto_dtype import resolve_dtype
+from megatron_embed.models.auto_matmul import libraries_for_encoding
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.cross_encoder_settings import is_saved_cross_encoder
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
@@ -37,6 +38,7 @@ from megatron_embed.models.reranker_settings import RerankerSettings, head_of_ar
 from megatron_embed.names import Activation
 from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
+from megatron_embed.platform.cpu_linear import Libraries
 from megatron_embed.platform.launcher import launched_rank
 
 logger = logging.getLogger(__name__)
@@ -265,13 +267,14 @@ def open_saved_pair_tokenizer(model: ModelDirectory, key: str = "--model",
 
 def open_scorer(directory: str, *, key: str = "--model", max_length: int | None = None, dtype: str | None = None,
                 overrides: Sequence[str] = (), topology: Topology | None = None,
-                start: Start = initialize) -> tuple[PairScorer, ModelDirectory, Topology]:
+                start: Start = initialize, own_libraries: bool = True) -> tuple[PairScorer, ModelDirectory, Topology]:
     """The reranker of a directory, ready on all ranks; what is not given is the model's own setting.
 
     Args:
         key: the option that names the directory, for messages.
         overrides: parallel.* settings.
         topology: of these settings, if another model is open already; else `start` makes the process groups.
+        own_libraries: see `open_encoder`.
     Raises:
         UserError: it is not a reranker, or cannot be loaded.
     """
@@ -287,12 +290,15 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
         spec = head_spec(settings, tokenizer)
         topology = topology or start(config.parallel)
         config = resolve_dtype(config)
+        libraries = libraries_for_encoding(config, model.shape, model.checkpoint) if own_libraries else None
         chunks = load_reranker_chunks(model, config, topology, spec, new_weights=False)
-    return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
+    scorer = scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation, libraries)
+    return scorer, model, topology
 
 
 def scorer_of(chunks: Sequence[torch.nn.Module], models: Sequence[EmbeddingModel], topology: Topology,
-              tokenizer: PairTokenizer, config: RunConfig, activation: Activation) -> PairScorer:
+              tokenizer: PairTokenizer, config: RunConfig, activation: Activation,
+              libraries: Libraries | None = None) -> PairScorer:
     """The scorer of loaded chunks (`models` are the same, not wrapped by DDP)."""
     return PairScorer(chunks, topology, tokenizer, pooling=models[0].pooling, causal=models[0].causal,
-                      kernel=attention_kernel(config, models[0].shape), activation=activation)
+                      kernel=attention_kernel(config, models[0].shape), activation=activation, libraries=libraries)

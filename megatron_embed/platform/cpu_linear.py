@@ -10,7 +10,10 @@ in float32. There the factors are converted to float32, which is exact, multipli
 instructions do.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ Libraries = tuple[MatmulLibrary, ...]
 """Libraries of the forward pass, the gradient of the input and the gradient of the weight."""
 DEFAULT_LIBRARIES: Libraries = ("onednn", "onednn", "onednn")
 _libraries = DEFAULT_LIBRARIES
+_of_context: ContextVar[Libraries | None] = ContextVar("libraries", default=None)
 
 
 def use_libraries(libraries: Libraries) -> None:
@@ -31,6 +35,21 @@ def use_libraries(libraries: Libraries) -> None:
     global _libraries
     assert len(libraries) == len(DEFAULT_LIBRARIES)
     _libraries = libraries
+
+
+@contextlib.contextmanager
+def libraries_used(libraries: Libraries | None) -> Iterator[None]:
+    """Context in which this thread computes float32 products by these libraries. None: by those of the process."""
+    token = _of_context.set(libraries)
+    try:
+        yield
+    finally:
+        _of_context.reset(token)
+
+
+def libraries_in_use() -> Libraries:
+    """The libraries of this thread's float32 products."""
+    return _of_context.get() or _libraries
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None, *, library: MatmulLibrary) -> Tensor:
@@ -46,12 +65,12 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None, *, library:
 
 def forward_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., inner] and [outer, inner] -> [..., outer]."""
-    return product(inputs, weight, bias, library=_libraries[0])
+    return product(inputs, weight, bias, library=libraries_in_use()[0])
 
 
 def input_gradient(grad_output: Tensor, weight: Tensor) -> Tensor:
     """[..., outer] and [outer, inner] -> [..., inner]."""
-    return product(grad_output, weight.t(), library=_libraries[1])
+    return product(grad_output, weight.t(), library=libraries_in_use()[1])
 
 
 def is_widened(factor: Tensor) -> bool:
@@ -88,7 +107,7 @@ def weight_gradient(grad_output: Tensor, inputs: Tensor, library: MatmulLibrary 
 
     oneDNN needs a row-major left factor, so one is transposed in memory: the narrower of the two.
     """
-    library = library or _libraries[2]
+    library = library or libraries_in_use()[2]
     if library == "torch" or grad_output.shape[1] <= inputs.shape[1]:
         return product(grad_output.t(), inputs.t(), library=library)
     return product(inputs.t(), grad_output.t(), library=library).t()

@@ -220,7 +220,9 @@ def _open(config: RunConfig, topology: Topology, key: str, path: str) -> TextEnc
     layout = [f"parallel.{name}={json.dumps(value)}" for name, value in to_dict(config)["parallel"].items()]
     args = argparse.Namespace(model=path, pooling=None, max_length=None, dtype=None, no_normalize=False,
                               overrides=layout)
-    return open_encoder(args, prompts=True, given_prompts={"query": ""}, start=lambda parallel: topology, key=key)[0]
+    encoder, *_ = open_encoder(args, prompts=True, given_prompts={"query": ""}, start=lambda parallel: topology,
+                               key=key, own_libraries=False)
+    return encoder
 
 
 def _texts_of_vectors(config: RunConfig, path: str) -> str:

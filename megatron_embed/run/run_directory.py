@@ -19,8 +19,8 @@ from megatron_embed.data.row_source import files_of
 from megatron_embed.data.sampler import ORDER_VERSION
 from megatron_embed.errors import CheckpointError
 from megatron_embed.evaluation.suite import best_metric
-from megatron_embed.names import MATMUL_LIBRARIES, MODEL_DTYPES, FurtherExport
-from megatron_embed.platform.cpu_linear import DEFAULT_LIBRARIES
+from megatron_embed.models.auto_matmul import libraries_of_run
+from megatron_embed.names import MODEL_DTYPES, FurtherExport
 
 DATA_FILE = "data.json"
 """In every checkpoint: what identifies the rows that it was trained on."""
@@ -122,10 +122,8 @@ def with_known_choices(config: RunConfig, checkpoint: Path | None) -> RunConfig:
     model, dtype = config.model, open_checkpoint(checkpoint).info.dtype
     if model.dtype == "auto" and dtype in MODEL_DTYPES:
         model = dataclasses.replace(model, dtype=dtype)
-    # Before there was this setting, all products were oneDNN's.
-    saved = read_resolved(checkpoint / "config.yaml").get("model", {}).get("cpu_matmul", [*DEFAULT_LIBRARIES])
-    if model.cpu_matmul is None and isinstance(saved, list) and all(name in MATMUL_LIBRARIES for name in saved):
-        model = dataclasses.replace(model, cpu_matmul=tuple(saved))
+    if model.cpu_matmul is None:
+        model = dataclasses.replace(model, cpu_matmul=libraries_of_run(read_resolved(checkpoint / "config.yaml")))
     return dataclasses.replace(config, model=model)
 
 

@@ -1,9 +1,11 @@
 """Which library multiplies float32 matrices: measured on rank 0, used by all ranks, kept by a resumed run."""
 
+import argparse
 import contextlib
 import functools
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -13,7 +15,9 @@ import yaml
 
 from megatron_embed.errors import ConfigError
 from megatron_embed.platform import cpu_linear, cpu_matmul
+from tests.helpers.foreign_rerankers import encoder
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
 from tests.helpers.runs import configuration, curve, go_back, model, train  # noqa: F401  fixture
 from tests.helpers.toys import run_config
 
@@ -71,11 +75,13 @@ def test_products_are_measured_on_one_thread(monkeypatch):
 
 
 @pytest.mark.parametrize("milliseconds, times", [
-    ({"torch": [1.2, 1.1], "onednn": [1.0, 0.8]}, 2), ({"torch": [2.0, 1.0], "onednn": [1.0, 1.0]}, 1),
-    ({"torch": [16.0], "onednn": [15.0]}, 1),
+    ({"torch": [2.0, 2.1], "onednn": [1.0, 1.0]}, 2), ({"torch": [1.0, 1.4, 1.4], "onednn": [1.0, 1.0, 1.0]}, 3),
+    ({"torch": [9.0, 1.0, 1.0, 1.0, 1.0], "onednn": [1.0, 1.0, 1.0, 1.0, 1.0]}, 5),
+    ({"torch": [2.0, 1.0, 1.0, 1.0], "onednn": [1.0, 2.0, 2.0, 2.0]}, 3),
+    ({"torch": [16.0, 16.0], "onednn": [15.0, 15.0]}, 2), ({"torch": [90.0, 15.0], "onednn": [15.0, 16.0]}, 2),
     ({"torch": [1.1, 1.05, 1.0, 1.0, 1.2], "onednn": [1.0, 1.0, 1.2, 0.9, 1.1]}, 5)])
-def test_measurements_end_where_the_difference_is_clear(monkeypatch, milliseconds, times):
-    """Those of each measurement after the first call. The shortest counts."""
+def test_measurements_end_where_two_agree(monkeypatch, milliseconds, times):
+    """Those of each measurement after the first call. The shortest counts, so one noisy measurement decides nothing."""
     clock, called = [0.0], {"torch": 0, "onednn": 0}
 
     def call(library):
@@ -100,7 +106,9 @@ def measuring(of_rank, lines=None):
     level, module.logger.level = module.logger.level, logging.INFO
     result = of_rank[dist.get_rank()]
     try:
-        with mock.patch.object(module, "fastest_libraries", return_value=result and (result, (0.5, 1.0, 0.75))):
+        with mock.patch.object(module, "fastest_libraries",
+                               side_effect=lambda shapes, forward_only=False: result and (
+                                   result, (0.5,) if forward_only else (0.5, 1.0, 0.75))):
             yield module
     finally:
         module.logger.removeHandler(handler)
@@ -132,6 +140,85 @@ def test_all_ranks_use_what_rank_0_measured():
     assert run_on_ranks(settled, 2, [MIXED, OTHER], "bfloat16", None) == [(None, default, [])] * 2
 
 
+def test_tests_measure_nothing():
+    """Neither in their own process nor on ranks."""
+    assert run_on_ranks(measured_on_a_rank, 1) == [None] == [measured_on_a_rank()]
+
+
+def measured_on_a_rank():
+    from megatron_embed.models import auto_matmul
+
+    return auto_matmul.fastest_libraries([(1536, 384)])
+
+
+@pytest.mark.skipif(not cpu_linear.is_available(), reason="no oneDNN on this processor")
+def test_the_forward_product_is_measured_once(monkeypatch):
+    calls, multiply = [], cpu_linear.product
+    monkeypatch.setattr(cpu_matmul, "product", lambda left, right, **named: (
+        calls.append((left.shape[0], *right.shape)), multiply(left, right, **named))[1])
+    cpu_matmul._forward_ratio.cache_clear()
+    libraries, (ratio,) = cpu_matmul.fastest_libraries([(512, 256), (256, 512)], forward_only=True)
+    assert set(calls) == {(cpu_matmul.FORWARD_ROWS, 512, 256)} and len(calls) >= 6
+    assert libraries == ("onednn" if ratio > 1.05 else "torch", "onednn", "onednn")
+    calls.clear()
+    assert cpu_matmul.fastest_libraries([(512, 256)], forward_only=True) == (libraries, (ratio,)) and not calls
+    cpu_matmul._forward_ratio.cache_clear()
+
+
+def test_a_context_has_its_own_libraries():
+    """In its thread alone; None: the process's."""
+    with cpu_linear.libraries_used(MIXED):
+        assert cpu_linear.libraries_in_use() == MIXED
+        with ThreadPoolExecutor() as other:
+            assert other.submit(cpu_linear.libraries_in_use).result() == cpu_linear.DEFAULT_LIBRARIES
+        with cpu_linear.libraries_used(None):
+            assert cpu_linear.libraries_in_use() == cpu_linear.DEFAULT_LIBRARIES
+    assert cpu_linear.libraries_in_use() == cpu_linear.DEFAULT_LIBRARIES
+
+
+def encoded(of_rank, arguments):
+    """(exit code, libraries of every forward product, the process's afterwards) of a command on a rank."""
+    used, multiply = set(), cpu_linear.product
+
+    def recorded(left, right, bias=None, *, library):
+        used.add(library)
+        return multiply(left, right, bias, library=library)
+
+    with measuring(of_rank), mock.patch.object(cpu_linear, "product", recorded):
+        code, *_ = command(arguments)
+    return code, used, cpu_linear._libraries
+
+
+@pytest.mark.parametrize("measured, options, expected", [
+    (("torch", "onednn", "onednn"), [], "torch"), (("onednn", "onednn", "onednn"), [], "onednn"), (None, [], "onednn"),
+    (None, ['model.cpu_matmul=["torch","torch","torch"]'], "torch")])
+def test_a_models_forward_products_are_by_the_fastest_library(model, tmp_path, measured, options, expected):
+    """What rank 0 measured, on all ranks; the process keeps its own."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    arguments = ["encode", "--model", model, "--input", str(tmp_path / "texts.jsonl"), "--output",
+                 str(tmp_path / "vectors.npy"), *options]
+    assert run_on_ranks(encoded, 2, [measured, OTHER[::-1]], arguments) == [
+        (0, {expected}, cpu_linear.DEFAULT_LIBRARIES)] * 2
+
+
+def test_a_reranker_multiplies_by_the_fastest_library(tmp_path):
+    assert run_on_ranks(scored, 1, str(encoder(tmp_path / "model"))) == [{"torch"}]
+
+
+def scored(directory):
+    import megatron_embed
+
+    used, multiply = set(), cpu_linear.product
+
+    def recorded(left, right, bias=None, *, library):
+        used.add(library)
+        return multiply(left, right, bias, library=library)
+
+    with measuring([MIXED]), mock.patch.object(cpu_linear, "product", recorded):
+        megatron_embed.load(directory).rerank("query", ["one", "two"])
+    return used
+
+
 def train_measuring(result, values):
     with measuring([result]):
         train(values)
@@ -140,12 +227,33 @@ def train_measuring(result, values):
     return used
 
 
+def libraries_of_models(directory):
+    """Libraries of a model that a command opens, and of one inside a training run or of an export."""
+    from megatron_embed.loading.model_directory import open_encoder
+
+    args = argparse.Namespace(model=directory, pooling=None, max_length=None, dtype=None, no_normalize=False,
+                              overrides=[])
+    with measuring([OTHER]):
+        return tuple(open_encoder(args, prompts=True, own_libraries=own)[0].libraries for own in (True, False))
+
+
 def test_a_resumed_run_keeps_its_checkpoints_libraries(model, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     settings = {"train_steps": 2, "lr_decay_style": "constant", "checkpoint": {"save_every_steps": 1, "keep": 0}}
     assert run_on_ranks(train_measuring, 1, MIXED, configuration(model, straight, **settings)) == [MIXED]
     saved = yaml.safe_load((straight / "step_000001" / "config.yaml").read_text())
     assert saved["model"]["cpu_matmul"] == list(MIXED)
+    assert run_on_ranks(libraries_of_models, 1, str(straight)) == [(MIXED, None)]
+    convert = ["convert", "megatron-to-hf", str(straight), str(tmp_path / "hf")]  # compares, by the process's libraries
+    assert run_on_ranks(encoded, 1, [MIXED], convert) == [(0, {"onednn"}, cpu_linear.DEFAULT_LIBRARIES)]
+    changed = go_back(straight, tmp_path / "changed", 2)
+    file = changed / "step_000002" / "config.yaml"
+    for saved, deterministic, expected in ((None, False, OTHER), (None, True, cpu_linear.DEFAULT_LIBRARIES),
+                                           (list(MIXED), True, MIXED)):
+        values = yaml.safe_load(file.read_text())
+        values["model"]["cpu_matmul"], values["training"]["deterministic"] = saved, deterministic
+        file.write_text(yaml.safe_dump(values))
+        assert run_on_ranks(libraries_of_models, 1, str(changed)) == [(expected, None)]
     go_back(straight, resumed, 1)
     values = configuration(model, resumed, **settings)
     assert run_on_ranks(train_measuring, 1, OTHER, values) == [MIXED]

@@ -86,7 +86,7 @@ def verify_with(directory: Path, readers: Sequence[EngineFiles], source: str) ->
     """`verify_directory` with given engines; they are closed."""
     try:
         if is_reranker(find_model(source, "SRC")):
-            scorer, _, _ = open_scorer(source, key="SRC", dtype="float32")
+            scorer, _, _ = open_scorer(source, key="SRC", dtype="float32", own_libraries=False)
             probes = PairProbes.of(scorer)
             del scorer  # its memory goes before an engine takes as much
             return [reader.compare_scores(directory, probes, TOLERANCE["float32"]) for reader in readers]
@@ -103,7 +103,7 @@ def vector_references(source: str, directory: Path) -> list[Reference]:
     """Texts for a directory that was made of `source`, with its vectors."""
     arguments = argparse.Namespace(model=source, dtype="float32", pooling=None, max_length=None, no_normalize=False,
                                    overrides=[])
-    encoder, model, _ = open_encoder(arguments, prompts=True)
+    encoder, model, _ = open_encoder(arguments, prompts=True, own_libraries=False)
     longest = read_saved_settings(directory).max_length or model.shape.longest_text
     references = [_reference(encoder, role, role, longest) for role in ROLES]
     prompts = [model.saved.prompts.get(role, "") for role in ROLES]
