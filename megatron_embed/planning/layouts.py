@@ -132,7 +132,8 @@ def candidates(config: RunConfig, shape: ModelShape, gpus: int) -> Iterator[RunC
 
 def micro_batches(config: RunConfig, dp: int) -> list[dict[str, int]]:
     """Micro-batches to compare: the given token budget and ones of about a quarter to twice of it, large ones multiples
-    of BUDGET_STEP; without one, TOKEN_BUDGETS that a data-parallel rank can fill, and if it can fill none, numbers of queries by powers of two."""
+    of BUDGET_STEP; without one, TOKEN_BUDGETS that a data-parallel rank can fill, and if it can fill none, numbers of
+    queries by powers of two."""
     tokens, size = config.training.micro_batch_tokens, config.training.micro_batch_size
     least = least_budget(config)
     if tokens is not None:

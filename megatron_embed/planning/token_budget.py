@@ -15,9 +15,9 @@ from megatron_embed.planning.parameters import AdaptedLinears
 MOST_TOKENS = 16384
 """Larger micro-batches fill a GPU no better, and fewer of them are less full and lengthen a pipeline's bubble."""
 LEAST_COUNT = 48
-"""Micro-batches that a rank's step has at least if all texts have their maximum length. If the texts are a third as long
-there are 16, and the last one, half empty on average, wastes 3 % of the step. Not for losses that keep queries whole,
-whose micro-batches end where the next query does not fit."""
+"""Micro-batches that a rank's step has at least if all texts have their maximum length. If the texts are a third as
+long there are 16, and the last one, half empty on average, wastes 3 % of the step. Not for losses that keep queries
+whole, whose micro-batches end where the next query does not fit."""
 MEMORY_SHARE = 0.9
 """Share of the GPU's memory that an advised budget may need, since activations are an estimate."""
 
