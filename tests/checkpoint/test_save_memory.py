@@ -58,13 +58,14 @@ def bytes_allocated(config, folder, background):
     return allocated.peak, written(folder, 2)
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"name": "adamw_8bit"}, {"precision_aware": True}],
-                         ids=["adamw", "adamw_8bit", "precision_aware"])
+@pytest.mark.parametrize("optimizer", [{}, {"name": "adamw_8bit"}, {"precision_aware": True},
+                                       {"name": "muon", "distributed": False}],
+                         ids=["adamw", "adamw_8bit", "precision_aware", "muon"])
 @pytest.mark.parametrize("background", [False, True], ids=["at_once", "behind_the_steps"])
 def test_a_save_allocates_a_ranks_share_at_most(tmp_path, background, optimizer):
     model = save_model(tmp_path / "qwen3", "qwen3", **SMALL)
     config = dataclasses.replace(run_config(model, dtype="bfloat16" if "precision_aware" in optimizer else "float32"),
-                                 optimizer=OptimizerConfig(distributed=True, **optimizer))
+                                 optimizer=OptimizerConfig(**{"distributed": True} | optimizer))
     planned = worst_stage(config, shape_of(model), grid_of(config, 2))[1].save
     for allocated, share in run_on_ranks(bytes_allocated, 2, config, tmp_path / "run", background):
         assert share == pytest.approx(planned, rel=0.1), "`plan` says otherwise"
