@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from tests.helpers.device_runs import SECONDS, STEPS, train_arguments
+from tests.helpers.kinds_of_runs import RUNS, sections_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.reranker_runs import run_settings
@@ -25,6 +26,7 @@ MICRO_BATCHES = 4
 
 PER_STEP = {"parallel.device_copy:copy_to_host": 1}
 """Function -> blocking waits of one step, at most."""
+FURTHER: dict[str, dict[str, int]] = {name: {} for name in RUNS}
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +37,10 @@ def _on_the_pretend_device():
 
 def waits_of(arguments):
     """Runs in a worker: function -> blocking waits of a whole run."""
+    from megatron_embed.platform.weight_gradient import products_can_accumulate
     from tests.pretend_cuda import waits
 
+    products_can_accumulate()  # once in a process, which a test may begin with a run of either length
     with waits.recorded() as events:
         code, _, err, _ = command(arguments)
     assert code == 0, err
@@ -66,9 +70,9 @@ def check_budget(arguments, ranks=1, **more):
                           f"{lines}")
 
 
-def embedder(model, folder, **sections):
+def embedder(path, folder, /, **sections):
     """Arguments of a run of an embedding model, by its number of steps."""
-    return lambda steps: train_arguments(model, folder / f"run{steps}", **sections)
+    return lambda steps: train_arguments(path, folder / f"run{steps}", **sections)
 
 
 @pytest.mark.gpu
@@ -117,6 +121,15 @@ def test_rerankers_wait_no_more(loss, tmp_path):
 
     # No parameter is gathered late where a head reads the output weights, so audit.jsonl notes a sample of every step.
     check_budget(arguments, **{"checkpoint.parameter_checksums:sample": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FURTHER)
+def test_heads_and_objectives_wait_no_more(directories, rows, name, tmp_path):
+    """Any number of terms in a step, of negatives or of a text's tokens, with as many waits."""
+    model, sections = sections_of(name, directories, rows)
+    check_budget(embedder(model, tmp_path, **sections), **FURTHER[name])
 
 
 def read_back_in_the_forward_pass(arguments):
