@@ -68,9 +68,13 @@ def directories(models, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory):
+    """Rows with one positive or two, a negative and a teacher's scores; a document comes several times in a step."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     found = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:48]]
-    for row, other in zip(found, found[5:] + found[:5], strict=True):
-        row["negatives"] = other["positive"][:1]
+    positives = [row["positive"][0] for row in found]
+    for index, row in enumerate(found):
+        row["positive"] = [positives[index], positives[index - 9]][: 1 + index % 2]
+        row["negatives"] = [positives[index - 43]]
+        row["teacher_scores"] = [(2 - index * place) % 7 for place in range(len(row["positive"]) + 1)]
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     return str(path)
