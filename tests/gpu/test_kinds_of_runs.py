@@ -11,8 +11,8 @@ from tests.helpers.device_runs import call, train
 from tests.helpers.kinds_of_runs import RUNS, sections_of
 
 pytestmark = pytest.mark.slow
-EXACT = 1e-4
-"""Relative; sums in another order."""
+EXACT, HALF = 1e-4, 0.1
+"""Relative: sums in another order; losses in bfloat16."""
 NEAR = {"nf4_of_scales_too": 1e-2}
 """Of bitsandbytes' kernels, those of CPUs round some scales to the next code: one of thousands."""
 LAYOUTS = {
@@ -46,6 +46,15 @@ def test_one_gpu_is_the_cpu(directories, rows, expected, name, tmp_path):
     model, sections = sections_of(name, directories, rows)
     assert train(model, tmp_path / "run", **sections) == pytest.approx(
         expected(name), rel=NEAR.get(name, EXACT))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RUNS)
+def test_bfloat16_is_near_float32(directories, rows, expected, name, tmp_path):
+    """By the flash kernels where the run allows them."""
+    model, sections = sections_of(name, directories, rows)
+    half = {**sections, "model": {**sections.get("model", {}), "dtype": "bfloat16"}}
+    assert train(model, tmp_path / "run", **half)[::2] == pytest.approx(expected(name)[::2], rel=HALF)
 
 
 @pytest.mark.multi_gpu
