@@ -154,6 +154,9 @@ class EmbedBatch(StepBatch):
     """[num_rows] int64, vectors of each row of a multi-vector model, the queries' first; None: one each."""
     dense_rows: int = 0
     """How many of each row's vectors, its first, hold the text's own vector in a joint model; see JointTexts."""
+    query_token_ids: Tensor | None = None
+    """[ids] int64, ascending: the tokens of the vocabulary that some of the queries contain and that have weights in a
+    joint model, and maybe others; None: another model."""
     embeds_documents: bool = True
     """False: the micro-batches hold the queries alone, since the documents have vectors already."""
     capacity: Capacity
@@ -210,12 +213,18 @@ class TextVectors:
     """[vectors, dim]."""
     counts: Tensor
     """[texts] int64 on the CPU, vectors of each text, >= 1."""
+    counts_on_device: Tensor | None = None
+    """The same on the vectors' device; None: copied when it is needed, for which the host waits."""
+
+    @property
+    def device_counts(self) -> Tensor:
+        """[texts] int64 on the vectors' device."""
+        return self.counts.to(self.vectors.device) if self.counts_on_device is None else self.counts_on_device
 
     @property
     def text_of(self) -> Tensor:
         """[vectors] int64 on the vectors' device, the text of each vector."""
-        texts = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)
-        return texts.to(self.vectors.device, non_blocking=True)
+        return owners(self.device_counts, len(self.vectors))
 
     def pick(self, rows: Tensor) -> "TextVectors":
         """Some texts, in any order; `rows`: [texts] int64 on the CPU."""
@@ -227,4 +236,17 @@ class TextVectors:
     def part(self, first: int, last: int) -> "TextVectors":
         """Texts `first` to `last - 1`; views."""
         start, stop = int(self.counts[:first].sum()), int(self.counts[:last].sum())
-        return TextVectors(vectors=self.vectors[start:stop], counts=self.counts[first:last])
+        there = None if self.counts_on_device is None else self.counts_on_device[first:last]
+        return TextVectors(vectors=self.vectors[start:stop], counts=self.counts[first:last], counts_on_device=there)
+
+
+def owners(counts: Tensor, total: int) -> Tensor:
+    """[total] int64 on the counts' device: 0 as often as the first count says, then 1, and so on.
+
+    As `repeat_interleave`, without a wait for the device, whose sum of the counts the host knows.
+
+    Args:
+        counts: [texts] int64.
+        total: their sum.
+    """
+    return torch.searchsorted(counts.cumsum(0), torch.arange(total, device=counts.device), right=True)

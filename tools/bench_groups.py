@@ -33,6 +33,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from children import die_with_parent
 
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.parallel import connections, heartbeat, relay, topology
@@ -108,6 +109,7 @@ def on_ranks(ranks: int, ranks_per_node: int, sizes: ParallelConfig, *, plain: b
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
+                die_with_parent()
                 code = 1
                 with reported():
                     connections.prepare()
@@ -141,6 +143,7 @@ def in_fake_world(ranks: int, sizes: ParallelConfig) -> dict[str, float]:
 
     reader, writer = os.pipe()
     if os.fork() == 0:
+        die_with_parent()
         try:
             os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -168,6 +171,7 @@ def files_of_host(ranks: int, ranks_per_node: int, *, relays: bool) -> tuple[int
         for own in (range(first, first + 1), range(first + 1, first + ranks_per_node)):
             child = os.fork()
             if child == 0:
+                die_with_parent()
                 code = 1
                 with reported():
                     files = meet(own, ranks, ranks_per_node, port, relays=relays)

@@ -20,6 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+import children
+from measurement import exit_on_signals
+
 SETUP = """
 import json, os, sys, time
 path, directory, rank, ranks, step, barrier = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6]), sys.argv[6]
@@ -72,6 +75,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="A checkout of an earlier version, for the same rows")
     parser.add_argument("--before-rows", type=int, default=1_000_000, help="Most rows that it is measured with")
     args = parser.parse_args()
+    exit_on_signals()
     args.directory.mkdir(parents=True, exist_ok=True)
     here, first = Path(__file__).resolve().parent.parent, {}
     for count in args.rows:
@@ -111,14 +115,18 @@ def generated(directory: Path, count: int) -> Path:
 def measure(what: str, checkout: Path, path: Path, directory: str, ranks: int, step: int) -> float:
     """Print one line; the CPU seconds of all ranks together."""
     barrier = path.with_name(f"barrier_{os.getpid()}_{time.time_ns()}")
-    processes = [subprocess.Popen([sys.executable, "-c", SETUP, str(path), directory, str(rank), str(ranks), str(step),
-                                   str(barrier)], cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                  text=True,
-                                  env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"})
-                 for rank in range(ranks)]
-    results = [json.loads(process.communicate()[0]) for process in processes]
-    for file in path.parent.glob(f"{barrier.name}.*"):
-        file.unlink()
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(ranks):
+            processes.append(subprocess.Popen(
+                [sys.executable, "-c", SETUP, str(path), directory, str(rank), str(ranks), str(step), str(barrier)],
+                cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}))
+        results = [json.loads(process.communicate()[0]) for process in processes]
+    finally:
+        children.end(processes)
+        for file in path.parent.glob(f"{barrier.name}.*"):
+            file.unlink()
     cpu, rows = sum(result["cpu"] for result in results), results[0]["rows"]
     parts = ", ".join(f"{name} {sum(result['parts'][name] for result in results):.2f}" for name in results[0]["parts"])
     print(f"  {what + ':':30} {cpu:8.2f} CPU s of all ranks ({parts}), {1e6 * cpu / rows:7.2f} us a row, "

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from measurement import exit_on_signals
 
 from megatron_embed.batch import Capacity, EmbedBatch
 from megatron_embed.config.schema import EmbeddingConfig, ModelConfig, ObjectiveConfig, RunConfig
@@ -86,12 +87,14 @@ def measure(rank: int, store: str, num_documents: int, arguments: argparse.Names
 
 def main() -> None:
     arguments = parse_arguments()
+    exit_on_signals()  # which ends daemons
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the kernel: the peak is what is held
     context = multiprocessing.get_context("spawn")
     for num_documents in arguments.documents:
         with tempfile.TemporaryDirectory() as folder:
             results, store = context.Queue(), str(Path(folder) / "store")
-            workers = [context.Process(target=measure, args=(rank, store, num_documents, arguments, results))
+            workers = [context.Process(target=measure, args=(rank, store, num_documents, arguments, results),
+                                       daemon=True)
                        for rank in range(RANKS)]
             for worker in workers:
                 worker.start()

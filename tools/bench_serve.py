@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 import psutil
 from measurement import describe_machine, exit_on_signals
@@ -111,8 +112,8 @@ def start_server(args: argparse.Namespace, engine: str) -> tuple["subprocess.Pop
         for line in server.stderr:
             if match := re.search(r"listening at http://[^:]+:(\d+)", line):
                 return server, int(match[1])
-    except SystemExit:
-        server.terminate()
+    except BaseException:  # Ctrl-C, or a signal of `exit_on_signals`
+        children.end([server])
         raise
     sys.exit(f"{engine}: the server ended with {server.wait()}")
 
@@ -242,8 +243,11 @@ def main() -> int:
                 f"{server.engine} {server.wall[-1]:.1f} s ({server.cpu[-1]:.1f} s of processor time)"
                 for server in servers), flush=True)
     finally:
-        for server in servers:
-            server.stop()
+        try:
+            for server in servers:
+                server.stop()
+        finally:
+            children.end(server.process for server in servers)
         report(servers)  # of the slices so far, if it was stopped
     return int(any(None in server.answers for server in servers))
 

@@ -10,12 +10,12 @@ share of the exact hits that were found.
 
 import argparse
 import os
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import children
 import numpy as np
 
 WIDTH, SHARD_ROWS, CENTRES = 384, 262_144, 20_000
@@ -41,7 +41,7 @@ def main() -> None:
           f"top {args.top_k}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads, load {os.getloadavg()[0]:.1f}",
           flush=True)
     for kind in args.kinds:
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--kind", kind], check=True)
+        children.run([sys.executable, __file__, *sys.argv[1:], "--kind", kind])
 
 
 def write(folder: Path, rows: int) -> None:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import children
 from small_models import packaged_model
 
 DEMO = "configs/minilm_22m_embed_dp2_cpu.yaml"
@@ -68,7 +69,7 @@ def main() -> None:
                  for count in args.workers]
         if args.cache:
             cache = f"data.token_cache={folder}/tokens"
-            subprocess.run([sys.executable, "-m", "megatron_embed", "data", "tokenize", *config, cache], check=True)
+            children.run([sys.executable, "-m", "megatron_embed", "data", "tokenize", *config, cache])
             cases.append(("a thread, token cache", ["data.workers=0", cache]))
         for name, settings in cases:
             measure(name, [*config, *QUIET, *settings, f"training.train_steps={args.steps}"], args, Path(folder))
@@ -79,7 +80,8 @@ def measure(name: str, config: list[str], args: argparse.Namespace, folder: Path
     logs = folder / name.replace(" ", "_")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.ranks), __file__, "--rank",
                "--faster", str(args.faster), *config, f"logging.directory={logs}"]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    children.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                 env={**os.environ, "OMP_NUM_THREADS": "1"})
     rows = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()][FIRST_COUNTED - 1:]
     step, wait = (statistics.mean(row[key] for row in rows) for key in ("step_seconds", "data_wait_seconds"))
     most = max(row["data_wait_seconds"] for row in rows)

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import children
 from small_models import packaged_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +120,7 @@ def run_forked(arguments: Sequence[str]) -> tuple[int, str]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        children.die_with_parent()
         os.close(reading)
         os.dup2(writing, 1)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8")  # without text that this process has not flushed yet
@@ -134,9 +136,8 @@ def run_forked(arguments: Sequence[str]) -> tuple[int, str]:
 def run_on_ranks(arguments: Sequence[str], ranks: int) -> tuple[int, str]:
     """Exit code and stdout of a command under torchrun."""
     environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // ranks)))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m",
-                           "megatron_embed", *arguments], cwd=ROOT, env=environment, text=True,
-                          stdout=subprocess.PIPE, check=False)
+    done = children.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m",
+                         "megatron_embed", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=False)
     return done.returncode, done.stdout
 
 

@@ -3,6 +3,7 @@
     python tools/count_step.py configs/qwen3_8b_embed_tp2_8xh100.yaml --gpus 8 [--lines] [--json]
     python tools/count_step.py configs/*_8xh100.yaml --gpus 8
     python tools/count_step.py configs/qwen3_8b_embed_tp2_8xh100.yaml --texts examples/data/mini_en/train.jsonl
+    python tools/count_step.py configs/qwen3_8b_embed_tp2_8xh100.yaml --save
 
 For rank 0 and one micro-batch of the longest texts that the settings allow, or, with --texts, the one of median size
 that training would pack from these rows. Needs g++ and a CPU build of torch (docs/pretend_device.md). Overrides as in
@@ -40,7 +41,7 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
     config = load_config(arguments.configs[0], arguments.set)
     micro_batch = (longest_micro_batch(config) if arguments.texts is None
                    else median_micro_batch(config, arguments.gpus, arguments.texts))
-    counts = count_step(config, arguments.gpus, micro_batch, arguments.layers)
+    counts = count_step(config, arguments.gpus, micro_batch, arguments.layers, saves=arguments.save)
     work = {part: {name: value for name, value in vars(done).items() if name not in ("by_operator", "waits")}
             | {"by_operator": dict(done.by_operator.most_common(12)),
                "waits": [[f"{wait.function}" + (f" < {wait.caller}" if wait.caller else ""), wait.kind, times]
@@ -48,9 +49,9 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
             for part, done in counts.work.items()}
     return {"config": Path(arguments.configs[0]).stem, "tokens": counts.tokens, "real": micro_batch.num_tokens,
             "layers": counts.layers, "peak": counts.peak, "resident": counts.resident,
-            "activations": counts.activations,
+            "activations": counts.activations, "save": counts.save and vars(counts.save),
             "planned": {name: getattr(counts.planned, name) for name in (
-                "parameters", "gradients", "optimizer", "activations", "total")}
+                "parameters", "gradients", "optimizer", "activations", "total", "save")}
             | planned_work(config, counts.tokens), "work": work}
 
 
@@ -161,6 +162,16 @@ def by_line(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def of_save(row: dict[str, Any]) -> str:
+    """Host memory of a save, in a line; nothing if none was counted."""
+    counts, planned = row["save"], row["planned"]["save"]
+    if counts is None:
+        return ""
+    kept, peak = counts["kept"] / planned, counts["peak"] / planned
+    return (f"\n\n{row['config']}, a save: a rank writes {counts['share'] / GIB:.2f} GiB; plan says "
+            f"{planned / GIB:.2f}, of which its host memory keeps {kept:.2f}, and {peak:.2f} at most")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="CONFIG.yaml")
@@ -168,6 +179,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--texts", metavar="TRAIN.jsonl", help="a micro-batch packed from these rows")
     parser.add_argument("--layers", type=int, metavar="N", help="of the model; left out: all")
+    parser.add_argument("--save", action="store_true", help="also the host memory of a save of the state")
     parser.add_argument("--lines", action="store_true", help="also copies and waits by source line")
     parser.add_argument("--json", action="store_true", help="one JSON object per configuration and nothing else")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -175,6 +187,8 @@ def main() -> int:
     if arguments.here:
         print(json.dumps(count(arguments)))
         return 0
+    import children
+
     from tests.pretend_cuda.build import CannotBuildError
     from tests.pretend_cuda.environment import environment
 
@@ -187,18 +201,20 @@ def main() -> int:
         except CannotBuildError as error:
             sys.exit(f"no pretend device: {error}")
         # A process of its own for each: fake ranks are never undone.
-        done = subprocess.run([sys.executable, __file__, path, "--here", "--gpus", str(gpus),
+        done = children.run([sys.executable, __file__, path, "--here", "--gpus", str(gpus),
                                *(f"--set={override}" for override in arguments.set),
-                                *([f"--texts={arguments.texts}"] if arguments.texts else []),
+                                *(["--save"] if arguments.save else []),
+                               *([f"--texts={arguments.texts}"] if arguments.texts else []),
                                 *([] if arguments.layers is None else [f"--layers={arguments.layers}"])],
-                              env=device, stdout=subprocess.PIPE, text=True, check=False)
+                              env=device, stdout=subprocess.PIPE, check=False)
         if done.returncode:
             return done.returncode
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         if arguments.json:
             print(done.stdout.splitlines()[-1], flush=True)
     if not arguments.json:
-        print(table(rows) + "\n\n" + time_table(rows) + ("".join(map(by_line, rows)) if arguments.lines else ""))
+        print(table(rows) + "\n\n" + time_table(rows) + "".join(map(of_save, rows))
+              + ("".join(map(by_line, rows)) if arguments.lines else ""))
     return 0
 
 

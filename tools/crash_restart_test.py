@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import children
 import torch
 import yaml
+from measurement import exit_on_signals
 from safetensors.torch import load_file
 from small_models import save_random_model
 
@@ -95,33 +97,40 @@ def steps_logged(run: Path) -> list[dict[str, Any]]:
 def kill_once(configuration: Path, *, during_save: bool, chance: random.Random) -> str:
     """Let the run continue for a random time, then kill it. Returns what it was doing: `save`, `step` or `end`."""
     run, process = configuration.parent / "run", start(configuration)
-    first = len(steps_logged(run)) // SAVE_EVERY_STEPS * SAVE_EVERY_STEPS
-    wanted = first + chance.randint(1, 2 * SAVE_EVERY_STEPS)
-    stale = set(unfinished(run))
-    while process.poll() is None:
-        if during_save:
-            if any(entry not in stale or stale != set(unfinished(run)) for entry in unfinished(run)):
-                time.sleep(chance.uniform(0.0, 0.06))
+    try:
+        first = len(steps_logged(run)) // SAVE_EVERY_STEPS * SAVE_EVERY_STEPS
+        wanted = first + chance.randint(1, 2 * SAVE_EVERY_STEPS)
+        stale = set(unfinished(run))
+        while process.poll() is None:
+            if during_save:
+                if any(entry not in stale or stale != set(unfinished(run)) for entry in unfinished(run)):
+                    time.sleep(chance.uniform(0.0, 0.06))
+                    break
+                stale &= set(unfinished(run))
+                time.sleep(0.001)
+            elif len(steps_logged(run)) >= wanted:
+                time.sleep(chance.uniform(0.0, 0.3))
                 break
-            stale &= set(unfinished(run))
-            time.sleep(0.001)
-        elif len(steps_logged(run)) >= wanted:
-            time.sleep(chance.uniform(0.0, 0.3))
-            break
-        else:
-            time.sleep(0.01)
-    if process.poll() is not None:
-        if process.returncode:
-            sys.exit((configuration.parent / "log").read_text(encoding="utf-8")[-3000:])
-        return "end"
-    kill_all(process)
-    return "save" if unfinished(run) else "step"
+            else:
+                time.sleep(0.01)
+        if process.poll() is not None:
+            if process.returncode:
+                sys.exit((configuration.parent / "log").read_text(encoding="utf-8")[-3000:])
+            return "end"
+        kill_all(process)
+        return "save" if unfinished(run) else "step"
+    finally:
+        children.end([process])
 
 
 def finish(configuration: Path) -> list[tuple[Any, ...]]:
     """Run to the end. Returns the loss curve."""
     process = start(configuration)
-    if process.wait():
+    try:
+        process.wait()
+    finally:
+        children.end([process])
+    if process.returncode:
         sys.exit((configuration.parent / "log").read_text(encoding="utf-8")[-3000:])
     lines = steps_logged(configuration.parent / "run")
     return [tuple(line[key] for key in COMPARED) for line in lines]
@@ -136,6 +145,7 @@ def exported(configuration: Path) -> dict[str, torch.Tensor]:
 
 def main() -> int:
     arguments = parse_arguments()
+    exit_on_signals()
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         model = write_model(Path(name) / "model")

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 from small_models import packaged_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,8 +27,8 @@ def run(*arguments: str, capture: bool = False) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or RANKS) // RANKS))}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "-m", "megatron_embed",
                *arguments]
-    finished = subprocess.run(command, cwd=ROOT, env=environment, text=True, check=False,
-                              stdout=subprocess.PIPE if capture else None)
+    finished = children.run(command, cwd=ROOT, env=environment, check=False,
+                            stdout=subprocess.PIPE if capture else None)
     if finished.returncode:
         sys.exit(f"demo: `megatron-embed {arguments[0]}` failed with exit code {finished.returncode}")
     return finished.stdout or ""

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -246,15 +247,19 @@ def speed_text(tokens_per_second: float, whole: int) -> str:
     return f"{tokens_per_second:,.0f} tokens/s ({tokens_per_second * LAYERS / whole:,.0f} with all {whole} layers)"
 
 
-def run_tests(machine: Machine) -> tuple[str, bool]:
-    """Run the tests marked gpu and multi_gpu, from files with these marks only: others may need missing packages."""
+def run_tests(machine: Machine, speed: str) -> tuple[str, bool]:
+    """Run the tests marked gpu and multi_gpu, from files with these marks only: others may need missing packages.
+
+    Args:
+        speed: slow or not slow.
+    """
     mark = re.compile(r"pytest\.mark\.(multi_)?gpu\b")
     files = [str(path) for path in sorted((REPOSITORY / "tests").rglob("test_*.py"))
              if mark.search(path.read_text("utf-8"))]
     if not files:
         return "there are none", True
-    code, out, err = machine.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu or multi_gpu", "-p",
-                                  "no:cacheprovider", *files], {})
+    code, out, err = machine.run([sys.executable, "-m", "pytest", "-q", "-m", f"(gpu or multi_gpu) and {speed}",
+                                  "-p", "no:cacheprovider", *files], {})
     if code:
         machine.failures.append(f"tests: exit code {code}\n" + "\n".join((out + err).splitlines()[-100:]))
     return (out.strip().splitlines() or ["no output"])[-1].strip("= "), code == 0
@@ -296,7 +301,9 @@ def main() -> int:
         measure(model, machine, table)
         compare_curves(model, machine, table)
         measure_memory(model, machine, table)
-        table.add("tests marked gpu or multi_gpu", (lambda: run_tests(machine)) if cuda else "no GPU is used")
+        for speed in ("not slow", "slow"):
+            table.add(f"tests marked gpu or multi_gpu, {speed}",
+                      functools.partial(run_tests, machine, speed) if cuda else "no GPU is used")
         if machine.failures:
             text = "\n\n".join(machine.failures)
             print(text, file=sys.stderr)

@@ -185,8 +185,8 @@ def save(options: dict[str, Any]) -> Result:
         original(saver, step, **others)
         wait()
         gpu = torch.cuda.max_memory_allocated() - on_gpu if device() == "cuda" else 0
-        seen.append({"seconds": time.perf_counter() - start, "host_peak_gib": resident("VmHWM") - before,
-                     "host_kept_gib": resident("VmRSS") - before, "gpu_peak_gib": gpu / 2**30})
+        seen.append({"seconds": time.perf_counter() - start, "host_peak_gib": max(0.0, resident("VmHWM") - before),
+                     "host_kept_gib": max(0.0, resident("VmRSS") - before), "gpu_peak_gib": gpu / 2**30})
 
     Saver.save = measured  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 import yaml
 from bar_chart import draw_bars
@@ -59,8 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def command(*arguments: str) -> str:
     """Standard output of a command of the program; ends this one if it fails."""
-    finished = subprocess.run([sys.executable, "-m", "megatron_embed", *arguments], text=True, check=False,
-                              stdout=subprocess.PIPE)
+    finished = children.run([sys.executable, "-m", "megatron_embed", *arguments], check=False, stdout=subprocess.PIPE)
     if finished.returncode:
         sys.exit(f"megatron_embed {arguments[0]} failed with exit code {finished.returncode}")
     return finished.stdout

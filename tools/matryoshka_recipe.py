@@ -8,12 +8,12 @@ InfoNCE at the full, half and quarter width. Exit status 1 if it is not better t
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import children
 import yaml
 from sentence_transformers import SentenceTransformer
 from small_models import packaged_model
@@ -48,7 +48,7 @@ def train(model: str, dims: list[int], seed: int, arguments: argparse.Namespace,
                      "train_steps": arguments.steps, "learning_rate": arguments.learning_rate, "seed": seed},
         "checkpoint": {"directory": str(folder / "run"), "export_at_end": str(folder / "export")}}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "megatron_embed", "train", str(folder / "run.yaml")], check=True)
+    children.run([sys.executable, "-m", "megatron_embed", "train", str(folder / "run.yaml")])
     return folder / "export"
 
 

@@ -17,6 +17,8 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from measurement import exit_on_signals
+
 TAGS = "train/(loss|in_batch_accuracy|margin|grad_norm|positive_similarity|negative_similarity)$"
 PAGES = {"tensorboard_scalars": (f"#scalars&tagFilter={urllib.parse.quote(TAGS)}", "1240,1040"),
          "tensorboard_custom_scalars": ("#custom_scalars", "1240,3300")}
@@ -61,6 +63,7 @@ def main() -> int:
     parser.add_argument("output", type=Path, help="folder for the pictures")
     parser.add_argument("--site", action="store_true", help="the source is the documentation site")
     arguments = parser.parse_args()
+    exit_on_signals()
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.site:
         for name, page in SITE_PAGES.items():

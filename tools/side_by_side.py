@@ -1,25 +1,21 @@
 """Run our trainer and Sentence Transformers with equal settings, in separate processes, whole or step by step."""
 
-import contextlib
-import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import children
 import yaml
 from measurement import available_cores, exit_on_signals, peak_memory_mib
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Side = TypeVar("Side")
-PR_SET_PDEATHSIG = 1
-"""Option of Linux' prctl: the signal that a process gets when its parent ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +54,7 @@ def _prepare(cores: list[int]) -> None:
     """In a new trainer: its own process group, its cores, and on Linux its end if this program is killed."""
     os.setpgrp()
     _bind(cores)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _end(trainers: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Kill the trainers that still run, stopped ones too, with the ranks that they started."""
-    for process in trainers:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    children.die_with_parent()
 
 
 def peer_command(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False,
@@ -157,7 +143,7 @@ def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[
     try:
         code = process.wait()
     finally:
-        _end([process])
+        children.end([process])
     if code:
         _fail(command, code, output)
     return _steps(output)
@@ -203,5 +189,5 @@ def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, step
                 else:
                     process.wait()
     finally:
-        _end(running.values())
+        children.end(running.values())
     return timings

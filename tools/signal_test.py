@@ -26,9 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import children
 import torch
 import yaml
 from crash_restart_test import write_model
+from measurement import exit_on_signals
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -136,10 +138,7 @@ def ends(processes: list[subprocess.Popen[bytes]], since: float) -> list[float]:
                     ended[rank] = time.monotonic() - since
             time.sleep(0.005)
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        children.end(processes)
     return [ended.get(rank, LONGEST_SECONDS) for rank in range(len(processes))]
 
 
@@ -172,12 +171,15 @@ def interrupt(configuration: Path, moment: float,
     """Exit codes, codes of the status files, seconds from the signal to each end, and rank 0's message."""
     began = time.monotonic()
     processes = start(configuration)
-    time.sleep(max(0.0, began + moment - time.monotonic()))
-    sent = time.monotonic()
-    for rank, process in enumerate(processes):
-        if only_rank in (None, rank) and process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-    seconds = ends(processes, sent)
+    try:
+        time.sleep(max(0.0, began + moment - time.monotonic()))
+        sent = time.monotonic()
+        for rank, process in enumerate(processes):
+            if only_rank in (None, rank) and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        seconds = ends(processes, sent)
+    finally:
+        children.end(processes)
     codes = [process.returncode for process in processes]
     statuses = [status_of(configuration, rank) for rank in range(RANKS)]
     return codes, statuses, seconds, status_message(configuration)
@@ -195,6 +197,7 @@ def run_to_the_end(configuration: Path) -> float:
 
 def main() -> int:
     arguments = parse_arguments()
+    exit_on_signals()
     chance = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as name:

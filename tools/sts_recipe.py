@@ -13,13 +13,13 @@ the two results differ by more than 0.01.
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import children
 import torch
 import yaml
 from scipy.stats import spearmanr
@@ -107,7 +107,7 @@ def train_ours(start: Path, rows: list[Row], warmup: int, arguments: argparse.Na
                      "train_steps": len(rows) // arguments.batch_size, "learning_rate": arguments.learning_rate,
                      "warmup_steps": warmup, "lr_decay_style": "linear", "weight_decay": 0.0, "clip_grad": CLIP_GRAD},
         "checkpoint": {"directory": str(folder / "run"), "export_at_end": str(folder / "export")}}), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "megatron_embed", "train", str(config)], check=True)
+    children.run([sys.executable, "-m", "megatron_embed", "train", str(config)])
     return SentenceTransformer(str(folder / "export"), device="cpu")
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import children
 import yaml
 from small_models import save_random_model
 
@@ -66,10 +67,11 @@ def losses(versions: Sequence[Version], steps: int, model: str, layout: dict[str
     for share, version in enumerate(versions, start=1):
         values["training"]["train_steps"] = share * steps // len(versions)
         (folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-        done = subprocess.run(
+        done = children.run(
             [version.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "-m",
-             "megatron_embed", "train", str(folder / "run.yaml")], cwd=version.tree, capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(version.tree)}, check=False)
+             "megatron_embed", "train", str(folder / "run.yaml")], cwd=version.tree, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(version.tree)},
+            check=False)
         if done.returncode:
             sys.exit(f"{version}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     lines = (folder / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

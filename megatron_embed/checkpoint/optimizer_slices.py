@@ -79,18 +79,20 @@ def owned_slices(optimizer: DistributedOptimizer) -> Iterator[Slice]:
 def slices_to_save(optimizer: DistributedOptimizer, declared: Declarations) -> list[ShardedTensor]:
     """The state of this rank's slices, without those that a tensor- or pipeline-parallel rank before it also has.
 
-    The tensors are views of the state itself. Of optimizers whose state has another dtype, they are copies in host
-    memory. No communication.
+    The tensors are views of the state itself. What the state holds in another dtype is copied to host memory, each part
+    to a storage of its own: Megatron's writer copies a part of a storage once more. No communication.
     """
-    copied = (optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-              or isinstance(optimizer.optimizer, AdamW8bit))
+    copied = _in_another_dtype(optimizer)
     tensors = []
     for owned in owned_slices(optimizer):
         values = _states_of(optimizer, owned.parameter)
         for name in STATES:
-            value = values[name].detach()
-            tensors += _placed(name, owned, value.cpu() if copied else value, declared)
-    return [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
+            for tensor in _placed(name, owned, values[name].detach(), declared):
+                if is_main_replica(tensor.replica_id):
+                    if name in copied:
+                        tensor.data = tensor.data.to("cpu", copy=True)
+                    tensors.append(tensor)
+    return tensors
 
 
 class SliceRestore:
@@ -127,6 +129,15 @@ class SliceRestore:
                     self._optimizer.optimizer.load_moments(main, values)
         if isinstance(self._optimizer.optimizer, HybridDeviceOptimizer):
             self._optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def _in_another_dtype(optimizer: DistributedOptimizer) -> tuple[str, ...]:
+    """The STATES that `_states_of` converts to float32, instead of returning the state itself."""
+    if isinstance(optimizer.optimizer, AdamW8bit):
+        return MOMENTS
+    is_aware = (optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                and not isinstance(optimizer.optimizer, HybridDeviceOptimizer))
+    return STATES if is_aware else ()
 
 
 def _states_of(optimizer: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:

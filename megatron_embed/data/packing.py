@@ -155,6 +155,7 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
                                 vectors=vectors),
         vector_counts=None if vectors is None else vectors.counts, encoded_row=encoded_rows(encoded),
         dense_rows=0 if vectors is None else vectors.dense_rows,
+        query_token_ids=None if vectors is None else vectors.weighted_ids(query_tokens.token_ids),
         num_queries=len(records), num_documents=len(texts), positive_index=torch.from_numpy(first),
         is_positive=torch.tensor([index < len(record.positive[: documents.positives])
                                   for record, size in zip(records, sizes, strict=True) for index in range(size)]),

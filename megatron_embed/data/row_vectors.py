@@ -57,6 +57,19 @@ class RowVectors:
             first += len(mask)
         return torch.from_numpy(result)
 
+    def weighted_ids(self, token_ids: Sequence[Sequence[int]]) -> Tensor | None:
+        """[ids] int64, ascending: the tokens that the first rows contain and that have a weight; None: not of a joint
+        model.
+
+        Args:
+            token_ids: those of each of these rows.
+        """
+        if self.joint is None:
+            return None
+        kept = [np.asarray(ids, dtype=np.int64)[mask] for ids, mask in zip(token_ids, self._masks, strict=False)]
+        ids = np.unique(np.concatenate(kept))
+        return torch.from_numpy(ids[~np.isin(ids, sorted(self.joint.unweighted))])
+
     def key_lengths(self, rows: Sequence[int]) -> Tensor | None:
         """[rows] int32, see MicroBatch."""
         lengths = self._key_lengths

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megatron_embed.batch import TextVectors
 from megatron_embed.evaluation.encode import VECTOR_TEXTS_AT_ONCE, TextEncoder
-from megatron_embed.losses.joint import JointTexts, TokenWeights
+from megatron_embed.losses.joint import NO_TOKEN, JointTexts, TokenWeights
 from megatron_embed.names import Role
 from megatron_embed.parallel.collectives import gather_padded, largest, send_from_last
 
@@ -68,7 +68,9 @@ def sparse_vectors(encoder: TextEncoder, texts: Sequence[str], role: Role, *, in
 
 
 def _joint_matrix(own: TokenWeights, dim: int) -> csr_array:
-    return _matrix((torch.stack([own.texts, own.ids], dim=1), own.weights), (own.num_texts, dim))
+    counts = own.ids != NO_TOKEN
+    places = torch.stack([own.texts[counts], own.ids[counts]], dim=1)
+    return _matrix((places, own.weights[counts]), (own.num_texts, dim))
 
 
 def write_matrix(file: BinaryIO, matrix: csr_array) -> None:

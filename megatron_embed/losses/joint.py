@@ -12,36 +12,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_embed.batch import TextVectors
+from megatron_embed.batch import TextVectors, owners
 from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, InfoNCESums, similarity_gradients
 from megatron_embed.losses.maxsim import maxsim, maxsim_gradients, maxsim_pairs
 from megatron_embed.names import JOINT_SCORES
 
+NO_TOKEN = -1
+"""Less than every id."""
+LARGEST_VOCABULARY = 2**24
+"""More than every id, since the outputs hold ids as float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenWeights:
-    """The weights above 0 of the tokens that texts contain, each token of a text once."""
+    """The weights above 0 of the tokens that texts contain, each token of a text once.
+
+    An entry for each token of the texts, so that the host knows how many there are; those that do not count, since
+    another token of the text has the same id and the larger weight, have the weight 0 and the id NO_TOKEN.
+    """
 
     weights: Tensor
-    """[entries]."""
+    """[tokens]."""
     ids: Tensor
-    """[entries] int64, in the vocabulary."""
+    """[tokens] int64, in the vocabulary, or NO_TOKEN."""
     texts: Tensor
-    """[entries] int64, the text of each."""
-    rows: Tensor
-    """[entries] int64, the row of the texts' outputs that each comes from."""
+    """[tokens] int64, the text of each."""
     num_texts: int
 
-    def matrix(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """([texts, columns] weights, [entries] int64 each entry's column, [entries] bool whether it has one).
+    def matrix(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """([texts, columns] weights, [tokens] int64 each token's column).
 
-        `columns`: [columns] int64, ids of tokens, ascending, at least one.
+        `columns`: see `columns_of`; the first one is that of tokens that have none, and 0 everywhere.
         """
         column = torch.searchsorted(columns, self.ids).clamp_(max=len(columns) - 1)
-        present = columns[column] == self.ids
+        column = torch.where(columns[column] == self.ids, column, 0)
         result = self.weights.new_zeros(self.num_texts, len(columns))
-        result[self.texts[present], column[present]] = self.weights[present]
-        return result, column, present
+        # Several tokens of a text may have column 0, all of them 0 there.
+        result[self.texts, column] = torch.where(column > 0, self.weights, 0.0)
+        return result, column
+
+    def of_matrix(self, gradient: Tensor, column: Tensor) -> Tensor:
+        """[tokens] gradient of the weights, from [texts, columns] that of the matrix and each token's column."""
+        return torch.where(column > 0, gradient[self.texts, column], 0.0)
+
+
+def columns_of(ids: Tensor) -> Tensor:
+    """[columns] int64, the columns of TokenWeights.matrix for these tokens: NO_TOKEN, then their ids, ascending.
+
+    Args:
+        ids: [any number] int64 of any order, ids of tokens or NO_TOKEN. On a GPU the host waits for their number.
+    """
+    columns: Tensor = torch.unique(torch.cat([ids.new_full((1,), NO_TOKEN), ids]))
+    return columns
 
 
 class JointTexts:
@@ -58,97 +80,90 @@ class JointTexts:
 
     def __init__(self, texts: TextVectors, dense_rows: int) -> None:
         """`dense_rows`: rows of a text before those of its tokens."""
-        counts, device = texts.counts, texts.vectors.device
-        of_dense = ((counts.cumsum(0) - counts)[:, None] + torch.arange(dense_rows)).flatten()
-        is_token = torch.ones(len(texts.vectors), dtype=torch.bool).index_fill_(0, of_dense, False)
-        self._dense = of_dense.to(device, non_blocking=True)
-        self._tokens = is_token.nonzero()[:, 0].to(device, non_blocking=True)
+        counts, device = texts.device_counts, texts.vectors.device
+        self._dense = ((counts.cumsum(0) - counts)[:, None] + torch.arange(dense_rows, device=device)).flatten()
+        num_tokens = len(texts.vectors) - len(texts.counts) * dense_rows
+        text_of = owners(counts - dense_rows, num_tokens)
+        self._tokens = torch.arange(num_tokens, device=device) + (text_of + 1) * dense_rows
         self._shape = texts.vectors.shape
         rows = texts.vectors.index_select(0, self._tokens)
         self.dense = texts.vectors.index_select(0, self._dense).view(len(counts), -1)
-        self.tokens = TextVectors(vectors=rows[:, :-2].contiguous(), counts=counts - dense_rows)
-        self.weights = self._largest(rows[:, -2], rows[:, -1].to(torch.int64))
+        self.tokens = TextVectors(vectors=rows[:, :-2].contiguous(), counts=texts.counts - dense_rows,
+                                  counts_on_device=counts - dense_rows)
+        self.weights = self._largest(rows[:, -2], rows[:, -1].to(torch.int64), text_of)
 
-    def _largest(self, weights: Tensor, ids: Tensor) -> TokenWeights:
+    def _largest(self, weights: Tensor, ids: Tensor, text_of: Tensor) -> TokenWeights:
         """The largest weight of each token; among equal ones the first token's counts."""
-        text_of = self.tokens.text_of
-        places = ((ids >= 0) & (weights > 0)).nonzero()[:, 0]
-        places = places[torch.sort(weights[places], descending=True, stable=True).indices]
-        token = text_of[places] * (int(ids.max()) + 1 if len(ids) else 1) + ids[places]
-        sort = torch.sort(token, stable=True)
+        counts = (ids >= 0) & (weights > 0)
+        key = torch.where(counts, text_of * LARGEST_VOCABULARY + ids, NO_TOKEN)
+        order = torch.sort(weights, descending=True, stable=True).indices
+        sort = torch.sort(key[order], stable=True)
         is_first = torch.ones_like(sort.values, dtype=torch.bool)
         is_first[1:] = sort.values[1:] != sort.values[:-1]
-        places = places[sort.indices[is_first]]
-        return TokenWeights(weights=weights[places], ids=ids[places], texts=text_of[places],
-                            rows=self._tokens[places], num_texts=len(self.tokens.counts))
+        is_largest = torch.empty_like(is_first).index_copy_(0, order[sort.indices], is_first) & counts
+        return TokenWeights(weights=torch.where(is_largest, weights, 0.0), ids=torch.where(is_largest, ids, NO_TOKEN),
+                            texts=text_of, num_texts=len(self.tokens.counts))
 
     def of_rows(self, dense: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
-        """[rows, width] of the outputs, from gradients: [texts, numbers] of the dense vectors, [entries] of the
-        weights, [tokens, dim] of the tokens' vectors."""
+        """[rows, width] of the outputs, from gradients: [texts, numbers] of the dense vectors, [tokens] of the weights,
+        [tokens, dim] of the tokens' vectors."""
         result = tokens.new_zeros(self._shape)
         result[self._dense] = dense.reshape(len(self._dense), -1)
         result[self._tokens, :-2] = tokens
-        result[self.weights.rows, -2] = weights
+        result[self._tokens, -2] = weights
         return result
-
-
-def _shared_tokens(queries: TokenWeights, documents: TokenWeights) -> Tensor:
-    """[tokens] int64, ascending: the ids that some query and some document have."""
-    ids: Tensor = torch.unique_consecutive(queries.ids.sort().values)
-    return ids[torch.isin(ids, documents.ids)]
 
 
 def _query_lengths(queries: JointTexts) -> Tensor:
     """[queries, 1], what MaxSim is divided by."""
-    return queries.tokens.counts.to(queries.dense.device, queries.dense.dtype)[:, None]
+    return queries.tokens.device_counts.to(queries.dense.dtype)[:, None]
 
 
-def joint_scores(queries: JointTexts, documents: JointTexts) -> Tensor:
-    """[scores, queries, documents] in the order of JOINT_SCORES."""
+def joint_scores(queries: JointTexts, documents: JointTexts, columns: Tensor) -> Tensor:
+    """[scores, queries, documents] in the order of JOINT_SCORES.
+
+    Args:
+        columns: those of `columns_of` for all tokens of the queries, or for more.
+    """
     scores = queries.dense.new_zeros(len(JOINT_SCORES), len(queries.dense), len(documents.dense))
     torch.mm(queries.dense, documents.dense.T, out=scores[0])
-    shared = _shared_tokens(queries.weights, documents.weights)
-    if len(shared):
-        torch.mm(queries.weights.matrix(shared)[0], documents.weights.matrix(shared)[0].T, out=scores[1])
+    torch.mm(queries.weights.matrix(columns)[0], documents.weights.matrix(columns)[0].T, out=scores[1])
     maxsim(queries.tokens, documents.tokens, out=scores[2])
     scores[2] /= _query_lengths(queries)
     return scores
 
 
-def joint_score_gradients(queries: JointTexts, documents: JointTexts, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
+def joint_score_gradients(queries: JointTexts, documents: JointTexts, columns: Tensor,
+                          grad_scores: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of sum(grad_scores * scores): of the outputs, [rows of the queries, width] and those of documents.
 
     Args:
+        columns: see `joint_scores`.
         grad_scores: [scores, queries, documents].
     """
     of_dense, of_sparse, of_maxsim = grad_scores
-    shared = _shared_tokens(queries.weights, documents.weights)
-    weights = [torch.zeros_like(texts.weights.weights) for texts in (queries, documents)]
-    if len(shared):
-        (query, *of_query), (document, *of_document) = (texts.weights.matrix(shared) for texts in (queries, documents))
-        for own, texts, gradient, (column, present) in (
-                (weights[0], queries.weights, of_sparse @ document, of_query),
-                (weights[1], documents.weights, of_sparse.T @ query, of_document)):
-            own[present] = gradient[texts.texts[present], column[present]]
+    (query, query_column), (document, document_column) = (
+        texts.weights.matrix(columns) for texts in (queries, documents))
+    query_weights = queries.weights.of_matrix(of_sparse @ document, query_column)
+    document_weights = documents.weights.of_matrix(of_sparse.T @ query, document_column)
     query_tokens, document_tokens = maxsim_gradients(queries.tokens, documents.tokens,
                                                      of_maxsim / _query_lengths(queries))
-    return (queries.of_rows(of_dense @ documents.dense, weights[0], query_tokens),
-            documents.of_rows(of_dense.T @ queries.dense, weights[1], document_tokens))
+    return (queries.of_rows(of_dense @ documents.dense, query_weights, query_tokens),
+            documents.of_rows(of_dense.T @ queries.dense, document_weights, document_tokens))
 
 
-def joint_pair_scores(queries: JointTexts, documents: JointTexts, query_of: Tensor) -> Tensor:
+def joint_pair_scores(queries: JointTexts, documents: JointTexts, columns: Tensor, query_of: Tensor) -> Tensor:
     """[scores, documents] of each document with its own query.
 
     Args:
+        columns: see `joint_scores`.
         query_of: [documents] int64 on the CPU, each document's query.
     """
     own = query_of.to(queries.dense.device)
     scores = queries.dense.new_zeros(len(JOINT_SCORES), len(documents.dense))
     scores[0] = (queries.dense[own] * documents.dense).sum(dim=1)
-    shared = _shared_tokens(queries.weights, documents.weights)
-    if len(shared):
-        scores[1] = (queries.weights.matrix(shared)[0][own] * documents.weights.matrix(shared)[0]).sum(dim=1)
-    scores[2] = maxsim_pairs(queries.tokens, documents.tokens, query_of) / _query_lengths(queries)[own, 0]
+    scores[1] = (queries.weights.matrix(columns)[0][own] * documents.weights.matrix(columns)[0]).sum(dim=1)
+    scores[2] = maxsim_pairs(queries.tokens, documents.tokens, query_of, own) / _query_lengths(queries)[own, 0]
     return scores
 
 
@@ -193,7 +208,9 @@ def joint_loss_gradients(scores: Tensor, candidates: Candidates, settings: Contr
         weights: [rows], of each row's loss; None: 1.
     """
     count = len(scores)
-    grad_sum = torch.tensordot(scores.new_tensor(joint.scores), scores, dims=1)
+    grad_sum = scores[0] * joint.scores[0]
+    for own, weight in zip(scores[1:], joint.scores[1:], strict=True):
+        grad_sum.add_(own, alpha=weight)
     of_sum = similarity_gradients(grad_sum, candidates, settings, first=first, total=total, weights=weights)
     losses, distilled = [], torch.zeros_like(of_sum.loss)
     for own, weight, of_loss in zip(scores, joint.scores, joint.losses, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_embed.batch import TextVectors
+from megatron_embed.batch import TextVectors, owners
 from megatron_embed.names import MAXSIM_TILE_ELEMENTS
 
 
@@ -25,22 +25,20 @@ class PaddedDocuments:
     def __init__(self, documents: TextVectors) -> None:
         counts = documents.counts
         longest = int(counts.max()) if len(counts) else 0
-        self.shape, self.absent = (len(counts), longest), None
-        self._real, self.vectors = None, documents.vectors
-        if longest * len(counts) == len(documents.vectors):
+        self.shape, self.vectors = (len(counts), longest), documents.vectors
+        self.absent: Tensor | None = None
+        self._total = len(documents.vectors)
+        if longest * len(counts) == self._total:
             return
-        column = torch.arange(longest)
-        absent = column >= counts[:, None]
-        starts = counts.cumsum(0) - counts
-        device = documents.vectors.device
-        index = (starts[:, None] + torch.where(absent, 0, column)).flatten().to(device, non_blocking=True)
-        self.vectors = documents.vectors.index_select(0, index)
-        self.absent = absent.to(device, non_blocking=True)
-        self._real = (~absent).flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        self._counts = documents.device_counts
+        index, self.absent = _padded_index(_starts(self._counts), self._counts, longest)
+        self.vectors = documents.vectors.index_select(0, index.flatten())
 
     def of_vectors(self, gradient: Tensor) -> Tensor:
         """[vectors, dim] of the documents, from what belongs to the padded ones."""
-        return gradient if self._real is None else gradient.index_select(0, self._real)
+        if self.absent is None:
+            return gradient
+        return gradient.index_select(0, _places(self._counts, self.shape[1], self._total))
 
     def best(self, query_vectors: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """([query vectors, documents] largest dot product with each document, int64 the vector of it).
@@ -101,14 +99,18 @@ def _tiles(query_vectors: Tensor, padded: PaddedDocuments) -> Iterator[tuple[sli
         yield slice(first, min(first + count, len(query_vectors))), buffer
 
 
-def maxsim_pairs(queries: TextVectors, documents: TextVectors, query_of: Tensor) -> Tensor:
+def maxsim_pairs(queries: TextVectors, documents: TextVectors, query_of: Tensor,
+                 query_on_device: Tensor | None = None) -> Tensor:
     """[documents] MaxSim of each document with its own query, differentiable with respect to the vectors.
 
     Args:
         query_of: [documents] int64 on the CPU, each document's query.
+        query_on_device: the same on the vectors' device; None: it is copied, for which the host waits.
     """
+    if query_on_device is None:
+        query_on_device = query_of.to(queries.vectors.device)
     scores: Tensor = _MaxSimPairs.apply(  # type: ignore[no-untyped-call]
-        queries.vectors, documents.vectors, queries.counts, documents.counts, query_of)
+        queries.vectors, documents.vectors, _Pairs(queries, documents, query_of, query_on_device))
     return scores
 
 
@@ -116,14 +118,12 @@ class _MaxSimPairs(torch.autograd.Function):
     """MaxSim of pairs, by tiles of documents; keeps the vectors and, for each of a query's vectors, which one won."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, document: Tensor, query_counts: Tensor, document_counts: Tensor,
-                query_of: Tensor) -> Tensor:
-        pairs = _Pairs(query_counts, document_counts, query_of)
-        scores = query.new_empty(len(document_counts))
-        winners = torch.empty(len(document_counts), pairs.longest_query, dtype=torch.int64, device=query.device)
+    def forward(ctx: Any, query: Tensor, document: Tensor, pairs: "_Pairs") -> Tensor:
+        scores = query.new_empty(pairs.num_documents)
+        winners = torch.empty(pairs.num_documents, pairs.longest_query, dtype=torch.int64, device=query.device)
         for first, last in pairs.tiles(query.shape[1]):
-            own, absent = pairs.queries(first, last, query.device)
-            index, missing = pairs.documents(first, last, query.device)
+            own, absent = pairs.queries(first, last)
+            index, missing = pairs.documents(first, last)
             similarity = torch.bmm(query[own], document[index].transpose(1, 2))
             best = similarity.masked_fill_(missing[:, None, :], float("-inf")).max(dim=2)
             scores[first:last] = best.values.masked_fill(absent, 0.0).sum(dim=1)
@@ -138,45 +138,66 @@ class _MaxSimPairs(torch.autograd.Function):
         grad_query, grad_document = torch.zeros_like(query), torch.zeros_like(document)
         pairs: _Pairs = ctx.pairs
         for first, last in pairs.tiles(query.shape[1]):
-            own, absent = pairs.queries(first, last, query.device)
-            real = (~absent).flatten()
+            (own, absent), real = pairs.queries(first, last), pairs.real(first, last)
             own, won = own.flatten()[real], winners[first:last].flatten()[real]
             weight = gradients[0][first:last, None].expand(absent.shape).flatten()[real, None]
             grad_query.index_add_(0, own, weight * document[won])
             grad_document.index_add_(0, won, weight * query[own])
-        return grad_query, grad_document, None, None, None
+        return grad_query, grad_document, None
 
 
 class _Pairs:
     """Indices of the vectors of documents and of each one's query, padded to the longest."""
 
-    def __init__(self, query_counts: Tensor, document_counts: Tensor, query_of: Tensor) -> None:
-        self._query_counts, self._document_counts = query_counts[query_of], document_counts
-        self._query_starts = (query_counts.cumsum(0) - query_counts)[query_of]
-        self._document_starts = document_counts.cumsum(0) - document_counts
-        self.longest_query = int(query_counts.max()) if len(query_counts) else 0
+    def __init__(self, queries: TextVectors, documents: TextVectors, query_of: Tensor, query_on_device: Tensor) -> None:
+        """See `maxsim_pairs`. Sizes follow from counts on the CPU, indices from those on the device."""
+        self._query_sizes, self._document_sizes = queries.counts[query_of], documents.counts
+        counts = queries.device_counts
+        self._query_counts, self._query_starts = counts[query_on_device], _starts(counts)[query_on_device]
+        self._document_counts = documents.device_counts
+        self._document_starts = _starts(self._document_counts)
+        self.num_documents = len(self._document_sizes)
+        self.longest_query = int(queries.counts.max()) if len(queries.counts) else 0
 
     def tiles(self, dim: int) -> Iterator[tuple[int, int]]:
         """(first document, last + 1) of tiles of about MAXSIM_TILE_ELEMENTS numbers, vectors included."""
-        total = len(self._document_counts)
-        longest = int(self._document_counts.max()) if total else 0
+        total = self.num_documents
+        longest = int(self._document_sizes.max()) if total else 0
         numbers = self.longest_query * longest + (self.longest_query + longest) * dim
         size = max(1, MAXSIM_TILE_ELEMENTS // max(1, numbers))
         for first in range(0, total, size):
             yield first, min(first + size, total)
 
-    def queries(self, first: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def queries(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """([documents, longest query] int64 vectors of their queries, bool true in the padding)."""
-        return _padded_index(self._query_starts[first:last], self._query_counts[first:last], self.longest_query, device)
+        return _padded_index(self._query_starts[first:last], self._query_counts[first:last], self.longest_query)
 
-    def documents(self, first: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def real(self, first: int, last: int) -> Tensor:
+        """[vectors of the documents' queries] int64, where they are in `queries`, flattened."""
+        return _places(self._query_counts[first:last], self.longest_query, int(self._query_sizes[first:last].sum()))
+
+    def documents(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """([documents, longest of them] int64 vectors, bool true in the padding)."""
-        counts = self._document_counts[first:last]
-        return _padded_index(self._document_starts[first:last], counts, int(counts.max()), device)
+        return _padded_index(self._document_starts[first:last], self._document_counts[first:last],
+                             int(self._document_sizes[first:last].max()))
 
 
-def _padded_index(starts: Tensor, counts: Tensor, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    column = torch.arange(width)
+def _starts(counts: Tensor) -> Tensor:
+    """[texts] int64, each text's first vector."""
+    return counts.cumsum(0) - counts
+
+
+def _padded_index(starts: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """([texts, width] int64 vectors of each text, its first one in the padding, bool true in the padding)."""
+    column = torch.arange(width, device=counts.device)
     absent = column >= counts[:, None]
-    index = starts[:, None] + torch.where(absent, 0, column)
-    return index.to(device, non_blocking=True), absent.to(device, non_blocking=True)
+    return starts[:, None] + torch.where(absent, 0, column), absent
+
+
+def _places(counts: Tensor, width: int, total: int) -> Tensor:
+    """[total] int64, where the vectors of texts are among those of texts padded to `width` vectors.
+
+    `total`: sum of `counts`, which are on the device.
+    """
+    text = owners(counts, total)
+    return text * width + torch.arange(total, device=counts.device) - _starts(counts)[text]

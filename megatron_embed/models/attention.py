@@ -44,8 +44,8 @@ class PackedSequences(PackedSeqParams):
     num_tokens: int = 0
     """Real tokens; the bin's padding comes after them."""
     bounds: tuple[int, ...] | None = None
-    """`cu_seqlens` on the host, if every token of this rank sees all tokens of its sequence, or all before it; else
-    None."""
+    """`cu_seqlens` on the host, for attention text by text on a CPU; None where texts are short, for groups of them are
+    faster, and where a token sees neither all tokens of its text nor all before it (windows, context parallelism)."""
     groups: tuple[SegmentGroup, ...] = field(default_factory=tuple)
     """Groups of the SDPA path; empty for the other kernels."""
     calls: tuple[FlashCall, ...] | None = None

@@ -235,7 +235,8 @@ class EmbeddingModel(LanguageModule):
 
 def attention_kernel(config: RunConfig, shape: ModelShape | None = None) -> AttentionKernel:
     """The attention kernel: torch's variable-length flash kernels, its general attention (SDPA), or, if requested,
-    Transformer Engine. SDPA alone adds a bias to attention scores, or bounds them, and takes heads of any size.
+    Transformer Engine. SDPA alone adds a bias to attention scores, or bounds them, takes heads of any size, and leaves
+    out mask tokens that are to be hidden.
 
     Args:
         shape: the model's; None: one that every kernel takes.
@@ -244,6 +245,8 @@ def attention_kernel(config: RunConfig, shape: ModelShape | None = None) -> Atte
     """
     half, wanted = config.model.dtype != "float32", config.model.attention
     unfit = None if shape is None else _unfit_for_flash(shape)
+    if config.embedding.hides_expansion:
+        unfit = unfit or "no tokens that attention does not see, as with embedding.attend_to_expansion = False"
     if unfit is not None:
         if wanted in ("flash", "te"):
             raise ConfigError(f"model.attention = {wanted!r}: its kernels take {unfit}; use 'auto' or 'sdpa'",

@@ -26,7 +26,7 @@ def sequence_attention(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[
     Args:
         query: [tokens, heads, head_dim] float32, of any strides whose last is 1.
         key, value: [tokens, groups, head_dim] likewise; `groups` divides `heads`.
-        bounds: the tokens at which sequences begin, ascending from 0, and at which the last one ends.
+        bounds: the tokens at which sequences begin, from 0 on, and at which the last one ends; no sequence is empty.
         causal: a token sees itself and those before it, not all.
         scale: factor of the dot products.
     """

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_embed.batch import TextVectors
 from megatron_embed.names import MAXSIM_TILE_ELEMENTS
 from megatron_embed.parallel.collectives import gather_padded, scatter_sum
+from megatron_embed.parallel.device_copy import copy_to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class DocumentTiles:
 
     def __init__(self, own: TextVectors, gradient: Tensor, num_documents: Tensor, capacity: int,
                  group: dist.ProcessGroup) -> None:
-        """One small all-gather of the numbers of vectors, between the CPUs.
+        """One small all-gather of the numbers of vectors, between the CPUs; one asynchronous copy of them.
 
         Args:
             own: this rank's documents.
@@ -41,6 +42,7 @@ class DocumentTiles:
         self._own, self._gradient, self._group = own, TextVectors(vectors=gradient, counts=own.counts), group
         gathered = gather_padded(own.counts, capacity, group)
         self._counts = [row[:count] for row, count in zip(gathered, num_documents.tolist(), strict=True)]
+        self._counts_on_device = copy_to_device(tuple(self._counts), own.vectors.device)
         self._first_column = (num_documents.cumsum(0) - num_documents).tolist()
         budget = MAXSIM_TILE_ELEMENTS // max(1, own.vectors.shape[1]) // group.size()
         self._tiles = [_cut(counts.tolist(), max(1, budget)) for counts in self._counts]
@@ -58,7 +60,8 @@ class DocumentTiles:
                 own = counts[first:last]
                 tiles.append(DocumentTile(
                     rank=rank, columns=slice(column + first, column + last),
-                    documents=TextVectors(vectors=gathered[rank, : int(own.sum())], counts=own)))
+                    documents=TextVectors(vectors=gathered[rank, : int(own.sum())], counts=own,
+                                          counts_on_device=self._counts_on_device[rank][first:last])))
         return tiles
 
     def return_gradients(self, turn: int, gradients: Iterator[tuple[DocumentTile, Tensor]]) -> None:

@@ -11,6 +11,7 @@ from megatron_embed.objectives.base import LossGradient, Objective, Sums
 from megatron_embed.objectives.fixed_vectors import FixedVectors
 from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import sum_over
+from megatron_embed.parallel.device_copy import copy_to_device
 
 NAMES = ("loss", "teacher_similarity")
 
@@ -45,7 +46,8 @@ class EmbeddingDistillation(Objective[EmbedBatch]):
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
         """See Objective; `embeddings` are those of the queries, then of the documents. One all-reduce of the sums."""
         of_query, of_document = self.lookups
-        teacher = torch.cat([of_query(batch.query_ids), of_document(batch.document_ids)]).to(embeddings)
+        teacher = torch.cat([of_query(batch.query_ids), of_document(batch.document_ids)])
+        teacher = copy_to_device(teacher, embeddings.device).to(embeddings.dtype)
         leaves = [embeddings.detach().requires_grad_()]
         with torch.enable_grad():
             student = leaves[0]

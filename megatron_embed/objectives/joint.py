@@ -15,13 +15,14 @@ from megatron_embed.losses.info_nce import Candidates, InfoNCESums
 from megatron_embed.losses.joint import (
     JointTexts,
     JointWeights,
+    columns_of,
     joint_loss_gradients,
     joint_score_gradients,
     joint_scores,
 )
 from megatron_embed.names import JOINT_SCORES
 from megatron_embed.objectives.contrastive import Contrastive
-from megatron_embed.objectives.multi_vector import BlockLoss, MaxSimQueries, MultiVectorContrastive
+from megatron_embed.objectives.multi_vector import BlockLoss, BlockTerms, MaxSimQueries, MultiVectorContrastive
 
 _LOSSES = (*(f"{score}_loss" for score in JOINT_SCORES), "sum_loss")
 
@@ -34,26 +35,26 @@ def names(objective: ObjectiveConfig) -> tuple[str, ...]:
 class JointQueries(MaxSimQueries):
     """Some queries of a joint model; scores are [3, queries, candidates]."""
 
-    def __init__(self, queries: TextVectors, dense_rows: int) -> None:
+    def __init__(self, queries: TextVectors, dense_rows: int, columns: Tensor) -> None:
+        """`columns`: see `joint_scores`."""
         super().__init__(queries)
-        self._texts, self._dense_rows = JointTexts(queries, dense_rows), dense_rows
+        self._texts, self._dense_rows, self._columns = JointTexts(queries, dense_rows), dense_rows, columns
 
     def empty_scores(self, num_candidates: int) -> Tensor:
         return self.queries.vectors.new_empty(len(JOINT_SCORES), len(self.queries.counts), num_candidates)
 
     def scores(self, documents: TextVectors) -> Tensor:
-        return joint_scores(self._texts, JointTexts(documents, self._dense_rows))
+        return joint_scores(self._texts, JointTexts(documents, self._dense_rows), self._columns)
 
     def gradients(self, documents: TextVectors, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
-        return joint_score_gradients(self._texts, JointTexts(documents, self._dense_rows), grad_scores)
+        return joint_score_gradients(self._texts, JointTexts(documents, self._dense_rows), self._columns, grad_scores)
 
 
 class JointBlockLoss(BlockLoss):
     """The loss of blocks of queries by all scores."""
 
-    def __init__(self, objective: Contrastive, candidates: Candidates, term_query: Tensor, weights: Tensor | None,
-                 total: float) -> None:
-        super().__init__(objective, candidates, term_query, weights, total)
+    def __init__(self, objective: Contrastive, candidates: Candidates, terms: BlockTerms, total: float) -> None:
+        super().__init__(objective, candidates, terms, total)
         assert isinstance(objective, JointContrastive)
         self._joint = objective.joint
         self._losses = torch.zeros(len(JOINT_SCORES) + 2, dtype=torch.float64,
@@ -84,5 +85,12 @@ class JointContrastive(MultiVectorContrastive):
                                   distils=objective.self_distillation)
         self.names = self.names + names(objective)
 
-    def compared(self, queries: TextVectors, batch: EmbedBatch) -> MaxSimQueries:
-        return JointQueries(queries, batch.dense_rows)
+    def on_host(self, batch: EmbedBatch) -> Tensor:
+        """The columns of the matrices of weights. Of tokens of the queries, whose number the host knows, not of those
+        that documents share with them, for which it would have to wait."""
+        assert batch.query_token_ids is not None, "a joint model's batch says which tokens its queries contain"
+        return columns_of(batch.query_token_ids)
+
+    def compared(self, queries: TextVectors, batch: EmbedBatch, copied: Tensor | None) -> MaxSimQueries:
+        assert copied is not None
+        return JointQueries(queries, batch.dense_rows, copied)

@@ -1,7 +1,7 @@
 """A trained linear layer between the model's vectors and a teacher's, with an optimizer of its own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class LearnedProjection:
         self.parameters = (drawn / math.sqrt(dim)).to(device)
         self._means, self._squares = torch.zeros_like(self.parameters), torch.zeros_like(self.parameters)
         self._gradient, self._steps = torch.zeros_like(self.parameters), 0
+        self._complete, self._is_finite = self._gradient, False
         self._betas, self._eps = (training.adam_beta1, training.adam_beta2), training.adam_eps
         self._groups = dp_group, pp_group
 
@@ -49,18 +50,29 @@ class LearnedProjection:
         """Add what a micro-batch of this rank gives."""
         self._gradient += gradient
 
+    def complete_gradient(self) -> tuple[Tensor, ...]:
+        """Numbers of the gradient over all ranks, on the device, which `receive` gets once they are read with the
+        step's metrics. Called by all ranks: an all-reduce over the data-parallel group and a broadcast over the
+        pipeline."""
+        dp_group, pp_group = self._groups
+        self._complete = send_from_last(sum_over(self._gradient, dp_group), pp_group)
+        return (torch.isfinite(self._complete).all(),)
+
+    def receive(self, numbers: Sequence[Tensor]) -> None:
+        """What `complete_gradient` returned, on the CPU."""
+        (is_finite,) = numbers
+        self._is_finite = bool(is_finite)
+
     def step(self, metrics: Mapping[str, float], learning_rate: float) -> None:
-        """One update, unless a gradient is not finite. Called by all ranks: an all-reduce over the data-parallel group
-        and a broadcast over the pipeline.
+        """One update by the gradient that `complete_gradient` left, unless it is not finite.
 
         Args:
             metrics: of the step, which hold nothing of it.
             learning_rate: of the model at this step.
         """
-        dp_group, pp_group = self._groups
-        gradient = send_from_last(sum_over(self._gradient, dp_group), pp_group)
-        if not bool(torch.isfinite(gradient).all()):
+        if not self._is_finite:
             return
+        gradient = self._complete
         self._steps += 1
         beta1, beta2 = self._betas
         self._means.lerp_(gradient, 1 - beta1)

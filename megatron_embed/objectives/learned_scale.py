@@ -1,8 +1,10 @@
 """A trained temperature and bias: few numbers, the same on every rank, with an optimizer of their own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from megatron_embed.config.objective import SMALLEST_LEARNED
 from megatron_embed.config.schema import RunConfig
@@ -42,6 +44,13 @@ class LearnedScale:
     def bias(self) -> float | None:
         """Added to the logits; None for a loss that has none."""
         return self._values[1] if self._has_bias else None
+
+    def complete_gradient(self) -> tuple[Tensor, ...]:
+        """Nothing: the gradients are metrics of the step."""
+        return ()
+
+    def receive(self, numbers: Sequence[Tensor]) -> None:
+        """Nothing."""
 
     def step(self, metrics: Mapping[str, float], learning_rate: float) -> None:
         """One update, unless a gradient is not finite: then nothing changes.

@@ -1,5 +1,7 @@
 """Late interaction: the contrastive loss and distillation with MaxSim in place of one dot product."""
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -16,12 +18,20 @@ from megatron_embed.objectives.hard_negatives import Groups, HardNegatives
 from megatron_embed.parallel.device_copy import copy_to_device
 
 
-def text_vectors(embeddings: Tensor, batch: EmbedBatch) -> tuple[TextVectors, TextVectors]:
-    """The queries' and the documents' vectors of a batch; views."""
-    counts = batch.vector_counts
-    assert counts is not None, "a multi-vector model's batch says how many vectors each row has"
-    texts = TextVectors(vectors=embeddings, counts=counts)
-    return texts.part(0, batch.num_queries), texts.part(batch.num_queries, len(counts))
+def text_vectors(embeddings: Tensor, batch: EmbedBatch, counts_on_device: Tensor) -> tuple[TextVectors, TextVectors]:
+    """The queries' and the documents' vectors of a batch; views.
+
+    Args:
+        counts_on_device: [rows] int64, `vector_counts` of the batch on the device of the embeddings.
+    """
+    texts = TextVectors(vectors=embeddings, counts=vector_counts(batch), counts_on_device=counts_on_device)
+    return texts.part(0, batch.num_queries), texts.part(batch.num_queries, len(texts.counts))
+
+
+def vector_counts(batch: EmbedBatch) -> Tensor:
+    """[rows] int64 on the CPU, vectors of each row of a multi-vector model's batch."""
+    assert batch.vector_counts is not None, "a multi-vector model's batch says how many vectors each row has"
+    return batch.vector_counts
 
 
 class MaxSimQueries:
@@ -43,6 +53,18 @@ class MaxSimQueries:
         return maxsim_gradients(self.queries, documents, grad_scores)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockTerms:
+    """The terms of a loss by blocks of queries."""
+
+    query: Tensor
+    """[terms] int64 on the CPU, ascending, the query of each."""
+    query_on_device: Tensor
+    """The same on the device."""
+    weights: Tensor | None
+    """[terms] on the device; None: 1 each."""
+
+
 class BlockLoss:
     """The loss of blocks of queries, given their scores.
 
@@ -50,23 +72,21 @@ class BlockLoss:
         sums: over the blocks so far.
     """
 
-    def __init__(self, objective: Contrastive, candidates: Candidates, term_query: Tensor, weights: Tensor | None,
-                 total: float) -> None:
-        """`term_query`: [terms] int64 on the CPU, ascending, the query of each term of the loss."""
+    def __init__(self, objective: Contrastive, candidates: Candidates, terms: BlockTerms, total: float) -> None:
         self._settings, self._candidates, self._total = objective.step_settings(), candidates, total
-        self._term_query, self._weights = term_query, weights
+        self._terms = terms
         device = candidates.positive_index.device
         self.sums = InfoNCESums(*torch.zeros(len(InfoNCESums._fields), dtype=torch.float64, device=device))
 
     def add(self, scores: Tensor, first: int, last: int) -> None:
         """The loss of queries `first` to `last - 1`; [..., queries, candidates] `scores` become its gradient."""
-        start, stop = torch.searchsorted(self._term_query, torch.tensor([first, last])).tolist()
+        start, stop = torch.searchsorted(self._terms.query, torch.tensor([first, last])).tolist()
         if start == stop:
             return
-        one_each, own = stop - start == last - first, self._term_query[start:stop] - first
-        own = own.to(scores.device, non_blocking=True)
+        one_each, own = stop - start == last - first, self._terms.query_on_device[start:stop] - first
         rows = scores if one_each else scores[..., own, :]
-        sums = self.gradients(rows, start, None if self._weights is None else self._weights[start:stop])
+        weights = self._terms.weights
+        sums = self.gradients(rows, start, None if weights is None else weights[start:stop])
         self.sums = InfoNCESums(*(before + added for before, added in zip(self.sums, sums, strict=True)))
         if not one_each:
             scores.zero_().index_add_(scores.dim() - 2, own, rows)
@@ -90,13 +110,18 @@ class MultiVectorContrastive(Contrastive):
 
     block_loss = BlockLoss
 
-    def compared(self, queries: TextVectors, batch: EmbedBatch) -> MaxSimQueries:
-        """Some queries of the batch, as they are compared with documents."""
+    def on_host(self, batch: EmbedBatch) -> Tensor | None:
+        """What `compared` needs on the device besides; None: nothing."""
+        return None
+
+    def compared(self, queries: TextVectors, batch: EmbedBatch, copied: Tensor | None) -> MaxSimQueries:
+        """Some queries of the batch, as they are compared with documents; `copied`: what `on_host` gave, on the
+        device."""
         return MaxSimQueries(queries)
 
-    def texts(self, embeddings: Tensor, batch: EmbedBatch) -> tuple[TextVectors, TextVectors]:
-        """The queries' and the documents' vectors; views."""
-        return text_vectors(embeddings, batch)
+    def counts(self, batch: EmbedBatch) -> Tensor:
+        """[rows] int64 on the CPU, vectors of each row."""
+        return vector_counts(batch)
 
     def whole(self, values: Tensor) -> Tensor:
         """Dot products, or sums of them, from those of the dimensions that this rank has: here, of all."""
@@ -109,23 +134,25 @@ class MultiVectorContrastive(Contrastive):
         all-gathers of vectors and one reduce-scatter of their gradients over the data-parallel group; three small
         collectives (numbers of rows and text hashes; numbers of vectors; sums).
         """
-        queries, documents = self.texts(embeddings, batch)
-        gradient = torch.zeros_like(embeddings)
-        grad_query, grad_document = self.texts(gradient, batch)
+        batch = replace(batch, vector_counts=self.counts(batch))
         ids = gather_ids(batch, self.dp_group, texts=self.mask_duplicates, document_queries=self.needs_document_queries)
         on_host = self._columns(batch, ids)
-        columns = copy_to_device(on_host, embeddings.device)
+        columns, counts, copied = copy_to_device((on_host, vector_counts(batch), self.on_host(batch)),
+                                                 embeddings.device)
+        queries, documents = text_vectors(embeddings, batch, counts)
+        gradient = torch.zeros_like(embeddings)
+        grad_query, grad_document = text_vectors(gradient, batch, counts)
         tiles = DocumentTiles(documents, grad_document.vectors, ids.num_documents, batch.capacity.documents,
                               self.dp_group)
-        loss = self.block_loss(self, columns.candidates(self.settings.directions), on_host.terms.query,
-                               columns.terms.weights, total)
+        loss = self.block_loss(self, columns.candidates(self.settings.directions), BlockTerms(
+            query=on_host.terms.query, query_on_device=columns.terms.query, weights=columns.terms.weights), total)
         num_candidates = int(ids.num_documents.sum())
         size = max(1, MAXSIM_TILE_ELEMENTS // max(1, num_candidates))
         log_scale = torch.zeros((), dtype=torch.float64, device=embeddings.device)
         for first in range(0, int(ids.num_queries.max()), size):
             bounds = (min(first, batch.num_queries), min(first + size, batch.num_queries))
             part, grad_part = (texts.part(*bounds) for texts in (queries, grad_query))
-            block = self.compared(part, batch)
+            block = self.compared(part, batch, copied)
             scores = block.empty_scores(num_candidates)
             for turn in range(tiles.rounds):
                 for tile in tiles.show(turn):
@@ -161,5 +188,5 @@ class MultiVectorDistillation(HardNegatives):
     """`margin_mse` and `kl_distillation` with MaxSim of each document and its query."""
 
     def _similarity(self, leaf: Tensor, batch: EmbedBatch, groups: Groups, matryoshka: MatryoshkaDim) -> Tensor:
-        queries, documents = text_vectors(leaf, batch)
-        return maxsim_pairs(queries, documents, batch.document_query)
+        queries, documents = text_vectors(leaf, batch, copy_to_device(vector_counts(batch), leaf.device))
+        return maxsim_pairs(queries, documents, batch.document_query, groups.document_query)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_embed.batch import EmbedBatch, TextVectors
+from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.losses.matryoshka import MatryoshkaDim
 from megatron_embed.losses.sparsity import regularizer
@@ -47,7 +47,7 @@ class SparseRegularizers:
         bounds = (slice(0, batch.num_queries), slice(batch.num_queries, len(embeddings)))
         own = torch.stack([torch.cat([
             embeddings[rows].sum(dim=0, dtype=torch.float64),
-            embeddings.new_tensor([float(rows.stop - rows.start)], dtype=torch.float64),
+            embeddings.new_full((1,), float(rows.stop - rows.start), dtype=torch.float64),
             (embeddings[rows] > 0).sum(dtype=torch.float64)[None]]) for rows in bounds])
         sums, counts, nonzeros = sum_over(own, self._dp_group).split([embeddings.shape[1], 1, 1], dim=1)
         counts = counts[:, 0].clamp(min=1.0)
@@ -88,11 +88,9 @@ class SparseContrastive(MultiVectorContrastive):
         self._regularizers = SparseRegularizers(config, dp_group, tp_group)
         self.names = self.names + NAMES
 
-    def texts(self, embeddings: Tensor, batch: EmbedBatch) -> tuple[TextVectors, TextVectors]:
+    def counts(self, batch: EmbedBatch) -> Tensor:
         """One vector of each text."""
-        counts = torch.ones(len(embeddings), dtype=torch.int64)
-        texts = TextVectors(vectors=embeddings, counts=counts)
-        return texts.part(0, batch.num_queries), texts.part(batch.num_queries, len(counts))
+        return torch.ones(batch.num_rows, dtype=torch.int64)
 
     def whole(self, values: Tensor) -> Tensor:
         """Summed over the shares of the vocabulary: one all-reduce over the tensor-parallel ranks."""

@@ -37,8 +37,8 @@ def part_of(batch: EmbedBatch, queries: Tensor, documents: Tensor, *, micro_batc
         in_batch=_select(batch.in_batch, queries), scores=_select(batch.scores, queries),
         teacher_scores=_select(batch.teacher_scores, documents),
         vector_counts=_select(batch.vector_counts, torch.cat([queries, documents + batch.num_queries])),
-        dense_rows=batch.dense_rows, embeds_documents=batch.embeds_documents, capacity=capacity,
-        micro_capacity=batch.micro_capacity)
+        dense_rows=batch.dense_rows, query_token_ids=batch.query_token_ids, embeds_documents=batch.embeds_documents,
+        capacity=capacity, micro_capacity=batch.micro_capacity)
 
 
 def _select(values: Tensor | None, rows: Tensor) -> Tensor | None:

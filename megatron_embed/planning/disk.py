@@ -5,7 +5,7 @@ import math
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.models.families import ModelShape
-from megatron_embed.planning.memory import DTYPE_BYTES, saved_state_bytes
+from megatron_embed.planning.memory import DTYPE_BYTES, muon_matrices, saved_state_bytes
 from megatron_embed.planning.parameters import AdaptedLinears, Held, held_parameters
 
 
@@ -18,7 +18,9 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, adapted: AdaptedLinea
             unless they are quantized.
     """
     held, element = _on_one_rank(config, shape, adapted), DTYPE_BYTES[config.model.dtype]
-    return held.saved_by(config).total * element + held.trained.total * saved_state_bytes(config)
+    matrices = muon_matrices(_of_one_rank(config), shape, 0)
+    return (held.saved_by(config).total * element + held.trained.total * saved_state_bytes(config)
+            - 4 * matrices.total)
 
 
 _FURTHER_BYTES = {"onnx": 4, "openvino": 8, "gguf": 4}
@@ -59,4 +61,8 @@ def checkpoints_at_once(config: RunConfig) -> int:
 
 def _on_one_rank(config: RunConfig, shape: ModelShape, adapted: AdaptedLinears | None) -> Held:
     """All parameters of the run, as held by a single rank."""
-    return held_parameters(dataclasses.replace(config, parallel=ParallelConfig()), shape, 0, adapted)
+    return held_parameters(_of_one_rank(config), shape, 0, adapted)
+
+
+def _of_one_rank(config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, parallel=ParallelConfig())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
+from megatron_embed.data.packing import round_up
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.families import ModelShape
 from megatron_embed.planning.flops import StepTime, step_time
@@ -19,6 +20,9 @@ LONG_TEXT = 4096
 """Tokens of the longest text from which on context parallelism is tried; below, it only adds communication."""
 TOKEN_BUDGETS = (2048, 4096, 8192, 16384)
 """Tokens of a micro-batch in proposals for a run without `training.micro_batch_tokens`."""
+BUDGET_STEP = 1024
+"""Proposed and advised budgets are multiples of it, so that the eighths, the sizes of micro-batches, are multiples of
+128."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +131,15 @@ def candidates(config: RunConfig, shape: ModelShape, gpus: int) -> Iterator[RunC
 
 
 def micro_batches(config: RunConfig, dp: int) -> list[dict[str, int]]:
-    """Micro-batches to compare: the given token budget and ones of a quarter to twice of it; without one, TOKEN_BUDGETS
-    that a data-parallel rank can fill, and if it can fill none, numbers of queries by powers of two."""
+    """Micro-batches to compare: the given token budget and ones of about a quarter to twice of it, large ones multiples
+    of BUDGET_STEP; without one, TOKEN_BUDGETS that a data-parallel rank can fill, and if it can fill none, numbers of
+    queries by powers of two."""
     tokens, size = config.training.micro_batch_tokens, config.training.micro_batch_size
     least = least_budget(config)
     if tokens is not None:
-        return [{"micro_batch_tokens": tokens * factor // 4} for factor in (1, 2, 4, 8)
-                if tokens * factor % 4 == 0 and tokens * factor // 4 >= least]
+        others = [tokens * factor // 4 for factor in (1, 2, 8) if tokens * factor % 4 == 0]
+        rounded = [budget if budget < BUDGET_STEP else round_up(budget, BUDGET_STEP) for budget in others]
+        return [{"micro_batch_tokens": budget} for budget in sorted({tokens, *rounded}) if budget >= least]
     share = config.training.global_batch_size * config.workload.tokens_per_query // max(dp, 1)
     budgets = [{"micro_batch_tokens": budget} for budget in TOKEN_BUDGETS if least <= budget <= share]
     return budgets or [{"micro_batch_size": 2**power} for power in range(8) if 2**power <= max(16 * size, 1)]

@@ -112,12 +112,14 @@ def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> in
     return int((main + moments) * optimizer_share(config, parameters, grid))
 
 
-def muon_savings(config: RunConfig, shape: ModelShape, stage: int) -> int:
-    """Bytes that Muon's state needs less than AdamW's: it has one number per element of a layer's matrices, not two."""
+def muon_matrices(config: RunConfig, shape: ModelShape, stage: int) -> Parameters:
+    """Elements of a rank's matrices for which Muon has one number, where AdamW has two: those of the layers."""
     if config.optimizer.name != "muon":
-        return 0
-    elements = sum(linear.weights for linear in layer_linears(config, shape))
-    return 4 * elements * stage_layers(shape, config.parallel, stage)
+        return Parameters()
+    attention, mlp = (sum(linear.weights for linear in linears) for linears in (
+        layer_linears(config, shape)[:2], layer_linears(config, shape)[2:]))
+    of_layer = Parameters(dense=attention, expert=mlp) if shape.num_experts else Parameters(dense=attention + mlp)
+    return of_layer * stage_layers(shape, config.parallel, stage)
 
 
 def host_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
@@ -125,19 +127,22 @@ def host_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
     return 16 * optimizer_share(config, parameters, grid) if config.optimizer.cpu_offload else 0
 
 
-def save_bytes(config: RunConfig, held: Held, grid: Grid) -> int:
+def save_bytes(config: RunConfig, held: Held, matrices: Parameters, grid: Grid) -> int:
     """Bytes that a rank writes of a checkpoint, which it first copies to host memory: ranks that hold the same
-    parameters divide them, and the optimizer's state, whether it is distributed or not."""
+    parameters divide them, and the optimizer's state, whether it is distributed or not. `matrices`: see
+    `muon_matrices`."""
     def share(parameters: Parameters) -> int:
         return parameters.dense // grid.dense_copies + parameters.expert // grid.expert_copies
 
     element = DTYPE_BYTES[config.model.dtype]
-    return element * share(held.saved_by(config)) + saved_state_bytes(config) * share(held.trained)
+    state = saved_state_bytes(config) * share(held.trained) - 4 * share(matrices)
+    return element * share(held.saved_by(config)) + state
 
 
 def saved_state_bytes(config: RunConfig) -> int:
-    """Bytes of a trained parameter's optimizer state in a checkpoint: two moments in float32, and the main parameter in
-    float32 if the model's own is not, or if the optimizer is distributed, which always saves it."""
+    """Bytes of a trained parameter's optimizer state in a checkpoint: two moments in float32, one of `muon_matrices`,
+    and the main parameter in float32 if the model's own is not, or if the optimizer is distributed, which always saves
+    it."""
     return 12 if DTYPE_BYTES[config.model.dtype] == 2 or config.optimizer.distributed else 8
 
 
@@ -324,16 +329,16 @@ def sparse_loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid) -> int:
 def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,
                  adapted: AdaptedLinears | None = None) -> Memory:
     """Memory of a rank of pipeline stage `stage`. `adapted`: linear layers whose adapters are trained."""
-    held = held_parameters(config, shape, stage, adapted)
+    held, matrices = held_parameters(config, shape, stage, adapted), muon_matrices(config, shape, stage)
     known = {
         "parameters": DTYPE_BYTES[config.model.dtype] * held.total - stage_layers(shape, config.parallel, stage)
         * bytes_saved(config, shape, DTYPE_BYTES[config.model.dtype]),
         "gradients": 4 * held.trained.total,
-        "optimizer": optimizer_bytes(config, held.trained, grid) - muon_savings(config, shape, stage),
+        "optimizer": optimizer_bytes(config, held.trained, grid) - 4 * matrices.total,
         "activations": _activations_of_both_passes(config, shape, grid, stage, adapted),
         "loss": loss_bytes(config, shape, grid, stage)}
     return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())),
-                  host=host_bytes(config, held.trained, grid), save=save_bytes(config, held, grid))
+                  host=host_bytes(config, held.trained, grid), save=save_bytes(config, held, matrices, grid))
 
 
 def _activations_of_both_passes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,

@@ -5,7 +5,7 @@ from megatron_embed.models.families import ModelShape
 from megatron_embed.parallel.open_files import files_of_store_process, files_with_relays
 from megatron_embed.planning.flops import StepTime, forward_passes, has_first_pass, model_flops, step_tokens
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
-from megatron_embed.planning.layouts import Plan, describe
+from megatron_embed.planning.layouts import BUDGET_STEP, Plan, describe
 from megatron_embed.planning.memory import GIB, Grid, first_pass_micro_batches, grid_of
 from megatron_embed.planning.parameters import (
     AdaptedLinears,
@@ -13,7 +13,7 @@ from megatron_embed.planning.parameters import (
     held_parameters,
     total_parameters,
 )
-from megatron_embed.planning.token_budget import MEMORY_SHARE, MOST_TOKENS, STEP
+from megatron_embed.planning.token_budget import MEMORY_SHARE, MOST_TOKENS
 
 COPY_GB_PER_SECOND = 3
 """Bandwidth per GPU of a copy to memory of the host that is neither pinned nor yet in use; not measured."""
@@ -61,7 +61,7 @@ def _first_pass_line(config: RunConfig, shape: ModelShape, grid: Grid) -> list[s
 
 def budget_advice(given: Plan, advised: Plan | None, gpu: GPU) -> str:
     """Lines with the token budget that this layout should have."""
-    rule = f"multiple of {STEP:,} up to {MOST_TOKENS:,} in {MEMORY_SHARE:.0%} of the memory (docs/planning.md)"
+    rule = f"multiple of {BUDGET_STEP:,} up to {MOST_TOKENS:,} in {MEMORY_SHARE:.0%} of the memory (docs/planning.md)"
     if advised is None:
         return f"\nToken budget of a micro-batch: no {rule}"
     lines = [f"\nToken budget of a micro-batch: training.micro_batch_tokens = "

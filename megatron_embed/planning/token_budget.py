@@ -8,18 +8,16 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.packing import round_up
 from megatron_embed.models.families import ModelShape
 from megatron_embed.planning.hardware import GPU
-from megatron_embed.planning.layouts import Plan, is_possible, least_budget, plan_layout
+from megatron_embed.planning.layouts import BUDGET_STEP, Plan, is_possible, least_budget, plan_layout
 from megatron_embed.planning.memory import grid_of
 from megatron_embed.planning.parameters import AdaptedLinears
 
-STEP = 1024
-"""Advised budgets are multiples of it, so that the eighths, the sizes of micro-batches, are multiples of 128."""
 MOST_TOKENS = 16384
 """Larger micro-batches fill a GPU no better, and fewer of them are less full and lengthen a pipeline's bubble."""
 LEAST_COUNT = 48
-"""Micro-batches that a rank's step has at least if all texts have their maximum length. Of texts a third as long there
-are 16, of which the last one is half empty on average. Not for losses that keep queries whole, whose micro-batches end
-where the next query does not fit."""
+"""Micro-batches that a rank's step has at least if all texts have their maximum length. If the texts are a third as
+long there are 16, and the last one, half empty on average, wastes 3 % of the step. Not for losses that keep queries
+whole, whose micro-batches end where the next query does not fit."""
 MEMORY_SHARE = 0.9
 """Share of the GPU's memory that an advised budget may need, since activations are an estimate."""
 
@@ -34,7 +32,7 @@ def advised_budget(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, ad
     """
     from megatron_embed.parallel.topology import token_alignment
 
-    step = math.lcm(STEP, token_alignment(config.parallel))
+    step = math.lcm(BUDGET_STEP, token_alignment(config.parallel))
     least = round_up(least_budget(config), step)
     most = MOST_TOKENS
     whole = config.training.global_batch_size // grid_of(config, gpus).dp * config.workload.tokens_per_query

@@ -9,6 +9,8 @@ from torch import Tensor
 
 BLOCK = 256
 """Elements of a moment that share a scale."""
+RESTORED_AT_ONCE = 1 << 14
+"""Blocks of a moment that are restored to float32 at once."""
 SMALLEST = 4096
 """Elements below which the moments of a tensor stay in float32, as in bitsandbytes."""
 
@@ -167,15 +169,27 @@ def _blocks(values: Tensor, before: int, fill: int) -> Tensor:
 
 
 def _restored(moment: Moment, code: Tensor, before: int) -> Tensor:
+    """The values in float32; what is computed on the way is of RESTORED_AT_ONCE blocks, not of a whole embedding."""
     if moment.scales is None:
         return moment.values.clone()
-    blocks = _blocks(moment.values.int(), before, -1)
-    values = code[blocks.clamp(min=0)] * moment.scales[:, None]
+    restored = torch.empty_like(moment.values, dtype=torch.float32)
+    for first in range(0, len(moment.scales), RESTORED_AT_ONCE):
+        low = max(0, first * BLOCK - before)
+        high = min(restored.numel(), (first + RESTORED_AT_ONCE) * BLOCK - before)
+        restored.view(-1)[low:high] = _restored_blocks(
+            moment.values.view(-1)[low:high], moment.scales[first:first + RESTORED_AT_ONCE], code,
+            before if first == 0 else 0)
+    return restored
+
+
+def _restored_blocks(stored: Tensor, scales: Tensor, code: Tensor, before: int) -> Tensor:
+    blocks = _blocks(stored.int(), before, -1)
+    values = code[blocks.clamp(min=0)] * scales[:, None]
     lowest, has_lowest = (blocks == 0).int().max(dim=1)[::-1]
     rows = (has_lowest.bool() & ~(blocks == len(code) - 1).any(dim=1)).nonzero()[:, 0]
     if code[0] < 0:
-        values[rows, lowest[rows]] = -moment.scales[rows]
-    return values.flatten()[before:before + moment.values.numel()].view(moment.values.shape)
+        values[rows, lowest[rows]] = -scales[rows]
+    return values.flatten()[before:before + stored.numel()]
 
 
 def _assign(moment: Moment, values: Tensor, code: Tensor, before: int) -> None:

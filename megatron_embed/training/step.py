@@ -71,11 +71,16 @@ def gradient_step(batch: StepBatch, trainer: Trainer) -> tuple[dict[str, float],
     sums = trainer.grad_cache(batch)                                 # forward and backward; reduced over all ranks
     routers = router_losses(unwrapped(trainer.chunks[0]).config.num_layers, len(batch.micro_batches))
     squares = squared_norms(trainer.optimizer)
+    learned = trainer.grad_cache.objective.learned
+    of_learned = () if learned is None else learned.complete_gradient()
     # The step's one wait for the device: whether to update depends on these numbers.
-    values, *parts = copy_to_host(sums.values, *squares, *routers.values())
+    values, *parts = copy_to_host(sums.values, *squares, *routers.values(), *of_learned)
+    squares, parts = parts[: len(squares)], parts[len(squares) :]
     metrics = replace(sums, values=values).metrics()
-    metrics |= {name: float(value) for name, value in zip(routers, parts[len(squares) :], strict=True)}
-    return metrics, parts[: len(squares)]
+    metrics |= {name: float(value) for name, value in zip(routers, parts, strict=False)}
+    if learned is not None:
+        learned.receive(parts[len(routers) :])
+    return metrics, squares
 
 
 def update_step(metrics: dict[str, float], squares: list[Tensor], trainer: Trainer) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Models of the tests for GPUs, and the CPU's curves to compare with."""
 
 import functools
+import json
 import os
 from unittest import mock
 
@@ -11,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer
 from tests.helpers.device_runs import SECONDS, train
 from tests.helpers.families import save_family
 from tests.helpers.ranks import RankPool
-from tests.helpers.toys import save_model
+from tests.helpers.sparse_reference import save_sparse_model
+from tests.helpers.toys import BERT, MINI_EN, save_model
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +53,28 @@ def cpu_curve(models, cpu_pool, tmp_path_factory):
         return train(models[kind], folder / kind, pool=cpu_pool)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def directories(models, tmp_path_factory):
+    """Models by name: those of all tests for GPUs, one with an output layer, one whose layers two do not divide, one as
+    wide as nf4 needs."""
+    folder = tmp_path_factory.mktemp("kinds")
+    wide = save_model(folder / "wide", "qwen3", tokenizer=True, head_dim=32, hidden_size=64, intermediate_size=128)
+    three = save_model(folder / "three", "qwen3", tokenizer=True, num_hidden_layers=3, head_dim=32)
+    return models | {"sparse": str(save_sparse_model(folder / "sparse", "BertConfig", BERT)), "three_layers": three,
+                     "wide": wide}
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """Rows with one positive or two, a negative and a teacher's scores; a document comes several times in a step."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    found = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:48]]
+    positives = [row["positive"][0] for row in found]
+    for index, row in enumerate(found):
+        row["positive"] = [positives[index], positives[index - 9]][: 1 + index % 2]
+        row["negatives"] = [positives[index - 43]]
+        row["teacher_scores"] = [(2 - index * place) % 7 for place in range(len(row["positive"]) + 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(path)

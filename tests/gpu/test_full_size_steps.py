@@ -100,3 +100,11 @@ def test_experts_are_one_product():
     assert work["pass 1"]["others"] <= 105 and work["pass 2"]["others"] <= 280
     sizes = [work[part]["other_bytes"] / 1e9 for part in ("pass 1", "pass 2")]
     assert sizes[0] <= 2.7 and sizes[1] <= 7.4, sizes
+
+
+@pytest.mark.slow
+def test_a_save_of_8b_takes_a_ranks_share_of_host_memory():
+    row = count_of("qwen3_8b_embed_tp2_8xh100", "--save")
+    counts, planned = row["save"], row["planned"]["save"]
+    assert counts["share"] == pytest.approx(planned, rel=0.05)
+    assert 0.9 * planned < counts["kept"] <= counts["peak"] < 1.2 * planned

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from tests.helpers.device_runs import SECONDS, STEPS, train_arguments
+from tests.helpers.kinds_of_runs import RUNS, sections_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.reranker_runs import run_settings
@@ -25,6 +26,12 @@ MICRO_BATCHES = 4
 
 PER_STEP = {"parallel.device_copy:copy_to_host": 1}
 """Function -> blocking waits of one step, at most."""
+SAMPLE = {"checkpoint.parameter_checksums:sample": 1}
+"""Of runs whose parameters are not gathered late: audit.jsonl then notes a sample of every step, in one read of a few
+numbers after the update, however large the model is."""
+WITH_SAMPLE = ("lora", "nf4", "nf4_of_scales_too", "int8", "sparse", "sparse_taught", "muon")
+"""Kinds of runs with adapters, with a head whose weights are read without a call of their module, or without
+`optimizer.distributed`."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +42,10 @@ def _on_the_pretend_device():
 
 def waits_of(arguments):
     """Runs in a worker: function -> blocking waits of a whole run."""
+    from megatron_embed.platform.weight_gradient import products_can_accumulate
     from tests.pretend_cuda import waits
 
+    products_can_accumulate()  # once in a process, which a test may begin with a run of either length
     with waits.recorded() as events:
         code, _, err, _ = command(arguments)
     assert code == 0, err
@@ -66,9 +75,9 @@ def check_budget(arguments, ranks=1, **more):
                           f"{lines}")
 
 
-def embedder(model, folder, **sections):
+def embedder(path, folder, /, **sections):
     """Arguments of a run of an embedding model, by its number of steps."""
-    return lambda steps: train_arguments(model, folder / f"run{steps}", **sections)
+    return lambda steps: train_arguments(path, folder / f"run{steps}", **sections)
 
 
 @pytest.mark.gpu
@@ -115,8 +124,24 @@ def test_rerankers_wait_no_more(loss, tmp_path):
         folder.mkdir()
         return ["train", run_settings(model, folder, objective={"loss": loss})]
 
-    # No parameter is gathered late where a head reads the output weights, so audit.jsonl notes a sample of every step.
-    check_budget(arguments, **{"checkpoint.parameter_checksums:sample": 1})
+    check_budget(arguments, **SAMPLE)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RUNS)
+def test_every_kind_of_run_waits_no_more(directories, rows, name, tmp_path):
+    model, sections = sections_of(name, directories, rows)
+    check_budget(embedder(model, tmp_path, **sections), **(SAMPLE if name in WITH_SAMPLE else {}))
+
+
+@pytest.mark.slow
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("name", ["late_interaction", "sparse", "joint", "guided", "compatible", "teacher"])
+def test_two_ranks_of_a_kind_wait_no_more(directories, rows, name, tmp_path):
+    """Data-parallel ones, whose documents and ids are gathered."""
+    model, sections = sections_of(name, directories, rows)
+    check_budget(embedder(model, tmp_path, **sections), 2, **(SAMPLE if name in WITH_SAMPLE else {}))
 
 
 def read_back_in_the_forward_pass(arguments):

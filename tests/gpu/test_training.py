@@ -1,6 +1,7 @@
 """Whole runs on one GPU and two, by the command line, against CPU runs and against one process.
 
-NEVER RUN on a GPU so far. On a CPU the same bodies run with gloo and the general attention kernel, as slow tests.
+Not run on a GPU so far, but on the pretend device (docs/pretend_device.md); on a CPU the same bodies run with gloo and
+the general attention kernel. All are slow tests.
 """
 
 import json
@@ -40,7 +41,7 @@ def curve(models, tmp_path):
 
     def train(name, kind, device, *overrides, ranks=1, steps=STEPS):
         values, directory = settings(models[kind], tmp_path / name), tmp_path / name
-        values["training"] |= {"learning_rate": 1e-3, "lr_decay_style": "constant"}
+        values["training"] |= {"learning_rate": 1e-3, "lr_decay_style": "constant", "keep_activations": 0}
         values["embedding"] = {"pooling": "lasttoken"}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []

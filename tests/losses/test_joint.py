@@ -8,6 +8,7 @@ from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings
 from megatron_embed.losses.joint import (
     JointTexts,
     JointWeights,
+    columns_of,
     joint_loss_gradients,
     joint_score_gradients,
     joint_scores,
@@ -65,14 +66,15 @@ def test_loss_and_gradients_equal_autograd(distils):
     split = 3 * len(QUERIES)
 
     first, second = JointTexts(queries, DENSE_ROWS), JointTexts(documents, DENSE_ROWS)
-    scores = joint_scores(first, second)
+    columns = columns_of(first.weights.ids)
+    scores = joint_scores(first, second, columns)
     torch.testing.assert_close(scores, torch.stack(reference).detach(), rtol=1e-12, atol=1e-12)
     assert bool((scores != 0).any(dim=2).all()), "a score without a part of it proves nothing"
     result = joint_loss_gradients(
         scores, Candidates(document=torch.empty(0), positive_index=positive, excluded=lambda a, b: masked[a:b]),
         ContrastiveSettings(temperature=temperature), joint, first=0, total=2.0, weights=row_weights)
     assert float(result.of_sum.loss) / 2.0 == pytest.approx(float(expected.detach()), rel=1e-12)
-    ours = joint_score_gradients(first, second, scores)
+    ours = joint_score_gradients(first, second, columns, scores)
     for own, wanted, text in zip(ours, (gradients[:split], gradients[split:]), (of_query, of_document), strict=True):
         wanted_rows = as_outputs(wanted, text)
         assert wanted_rows.norm() > 0.1

@@ -191,15 +191,30 @@ def test_attention_kernel_on_a_cpu(dtype, attention, parallel, training, expecte
     assert attention_kernel(config) == expected
 
 
+def hiding_expansion(config):
+    return dataclasses.replace(config, embedding=dataclasses.replace(
+        config.embedding, head="multi_vector", pooling=None, query_expansion=32, attend_to_expansion=False))
+
+
+def test_hidden_mask_tokens_are_for_sdpa(monkeypatch):
+    monkeypatch.setattr(encoder, "HAS_CUDA", True)
+    monkeypatch.setattr(encoder, "why_no_flash", lambda: None)
+    config = run_config("model", dtype="bfloat16")
+    assert attention_kernel(config) == "flash" and attention_kernel(hiding_expansion(config)) == "sdpa"
+
+
 @pytest.mark.parametrize("attention, parallel, training, words", [
     ("flash", {}, {}, "a GPU and model.dtype = bfloat16"),
     ("te", {"context_parallel_size": 2}, {}, "context_parallel_size = 2"),
-    ("te", {}, {"attention_dropout": 0.1}, "attention_dropout = 0.1")])
+    ("te", {}, {"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+    ("flash", {}, {}, "attend_to_expansion = False"), ("te", {}, {}, "attend_to_expansion = False")])
 def test_a_kernel_is_refused_where_it_cannot_run(monkeypatch, attention, parallel, training, words):
     monkeypatch.setattr(encoder, "HAS_CUDA", bool(parallel or training))
     monkeypatch.setattr(encoder, "HAS_TRANSFORMER_ENGINE", True)
     config = run_config("model", parallel=parallel, training=training, dtype="bfloat16")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+    if "expansion" in words:
+        config = hiding_expansion(config)
     with pytest.raises(ConfigError, match=words):
         attention_kernel(config)
 

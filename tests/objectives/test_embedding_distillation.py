@@ -57,6 +57,7 @@ def distilled_on_ranks():
                     gradient[rows] = result.embeddings
                     loss += float(result.sums.values[0, 0]) / total
             if projection is not None:
+                projection.receive(projection.complete_gradient())
                 projection.step({}, LEARNING_RATE)
             results.append((loss, gradient, before, None if projection is None else projection.parameters))
     return results
@@ -121,6 +122,7 @@ def saved_projection():
         for gradient in some:
             projection.forget_gradient()
             projection.add_gradient(gradient)
+            projection.receive(projection.complete_gradient())
             projection.step({}, LEARNING_RATE)
         return projection
 

@@ -54,7 +54,9 @@ def batch_of(first, last):
         positive_index=sizes.cumsum(0) - sizes, is_positive=is_positive, document_query=document_query,
         query_ids=ids[: len(groups)], positive_query=document_query[is_positive], document_ids=ids[len(groups) :],
         positive_ids=ids[len(groups) :][is_positive], vector_counts=torch.tensor([len(own) for own in rows]),
-        dense_rows=DENSE_ROWS, capacity=Capacity(4, 20, 8), micro_capacity=Capacity(4, 20, 8))
+        dense_rows=DENSE_ROWS, query_token_ids=torch.tensor(sorted(
+            {token for own, _ in queries[first:last] for token in own} - {-1})),
+        capacity=Capacity(4, 20, 8), micro_capacity=Capacity(4, 20, 8))
 
 
 def objective_on_ranks(tile, distils):

@@ -1,6 +1,7 @@
 """What `doctor --config` and `planning.disk` say a run writes, beside what it wrote."""
 
 import dataclasses
+import json
 import shutil
 from collections import namedtuple
 
@@ -9,14 +10,17 @@ import yaml
 
 from megatron_embed.__main__ import main
 from megatron_embed.config.load import load_config
+from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.disk import checkpoint_bytes, checkpoints_at_once, export_bytes
+from megatron_embed.planning.memory import grid_of, stage_memory
 from megatron_embed.planning.shapes import shape_of
 from tests.helpers.launcher_variables import _one_rank  # noqa: F401  without a launcher's variables
+from tests.helpers.planned_models import MOE, QWEN3
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command, settings
-from tests.helpers.toys import save_model
+from tests.helpers.toys import layout, run_config, save_model
 
 GIB = 2**30
 
@@ -34,6 +38,7 @@ def size(folder, *endings):
 @pytest.mark.parametrize("overrides", [
     ["model.dtype=bfloat16"], [], pytest.param(["lora.rank=4"], marks=pytest.mark.slow),
     pytest.param(["optimizer.distributed=false"], marks=pytest.mark.slow),
+    pytest.param(["optimizer.distributed=false", "optimizer.name=muon"], marks=pytest.mark.slow),
     pytest.param(["parallel.tensor_model_parallel_size=2"], marks=pytest.mark.slow)], ids=str)
 def test_files_are_as_large_as_is_said(model, tmp_path, overrides):
     path = tmp_path / "run.yaml"
@@ -132,3 +137,15 @@ def test_layout_changes_no_size(model, tmp_path):
     one, shape = load_config(str(tmp_path / "run.yaml"), []), shape_of(model)
     split = dataclasses.replace(one, parallel=dataclasses.replace(one.parallel, tensor_model_parallel_size=2))
     assert checkpoint_bytes(one, shape) == checkpoint_bytes(split, shape) > 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
+@pytest.mark.parametrize("values, sizes", [(QWEN3, {}), (QWEN3, {"pipeline_model_parallel_size": 2}),
+                                           (MOE, {"expert_model_parallel_size": 2})], ids=["dp", "pp", "ep"])
+def test_what_ranks_write_makes_up_a_checkpoint(tmp_path, values, sizes, name):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = dataclasses.replace(run_config(str(tmp_path), dtype="bfloat16", parallel={**layout(), **sizes}),
+                                 optimizer=OptimizerConfig(name=name, distributed=name != "muon"))
+    shape, grid, stages = shape_of(config.model.path), grid_of(config, 4), config.parallel.pipeline_model_parallel_size
+    written = sum(4 // stages * stage_memory(config, shape, grid, stage).save for stage in range(stages))
+    assert written == pytest.approx(checkpoint_bytes(config, shape), rel=1e-3)

@@ -25,6 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from megatron_embed.batch import MicroBatch, StepBatch
+from megatron_embed.checkpoint.load import model_state
+from megatron_embed.checkpoint.optimizer_slices import PREFIX
+from megatron_embed.checkpoint.optimizer_state import optimizer_to_save
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.kernels.operators import NAMESPACE
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel, build_model, to_device
@@ -71,6 +74,17 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SaveCounts:
+    """Host memory of rank 0 during a save, in bytes of tensors."""
+
+    share: int
+    """What the rank writes."""
+    kept: int
+    """Held until it is written."""
+    peak: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepCounts:
     """Counts of rank 0. Passes and `to_device` are of one micro-batch, `optimizer` and `data parallel`, the gathering
     of parameters and the reduction of gradients during the passes, of a step."""
@@ -83,6 +97,7 @@ class StepCounts:
     planned: Memory
     """What `plan` says of this rank, its activations for this number of tokens."""
     work: dict[str, Work]
+    save: "SaveCounts | None" = None
 
     @property
     def activations(self) -> int:
@@ -169,6 +184,30 @@ class Meter(TorchDispatchMode):
 
     def _free(self, storage: int) -> None:
         self.live -= self._storages.pop(storage, 0)
+
+
+class HostBytes(TorchDispatchMode):
+    """Bytes of the host's tensors that operators make: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._storages[storage._cdata] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._free, storage._cdata)
+        return result
+
+    def _free(self, storage: int) -> None:
+        self.live -= self._storages.pop(storage)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -314,12 +353,51 @@ def as_fake(value: Any, fake: FakeTensorMode) -> Any:
     return value
 
 
+@contextlib.contextmanager
+def shards_of_all_ranks(topology: Topology) -> Iterator[None]:
+    """Within it the ranks between which a save is divided tell each other what they hold: those that hold rank 0's
+    parameters these, and as much of the optimizer's state as rank 0; the others nothing that rank 0 has."""
+    strategies = importlib.import_module("megatron.core.dist_checkpointing.strategies.fully_parallel")
+    copies = dist.get_process_group_ranks(topology.groups.dp_cp)
+
+    def of_rank(rank: int, shards: list[Any]) -> list[Any]:
+        return [shard if not shard.key.startswith(PREFIX) else dataclasses.replace(shard, key=f"{shard.key} of {rank}")
+                for shard in shards]
+
+    def all_gather_object(results: list[Any], value: Any, group: Any = None) -> None:
+        results[:] = [value if rank == 0 else of_rank(rank, value) if rank in copies else []
+                      for rank in range(len(results))]
+
+    with (mock.patch.object(dist, "all_gather_object", all_gather_object),
+          mock.patch.object(strategies, "validate_sharding_integrity")):
+        yield
+
+
+def save(chunks: list[EmbeddingModel], optimizer: compat.MegatronOptimizer, topology: Topology) -> SaveCounts:
+    """What checkpoint/save.py copies to host memory before Megatron writes it: nothing of a GPU is the optimizer's in
+    host memory, so there is nothing to copy once more behind the steps."""
+    checkpoints = "megatron.core.dist_checkpointing"
+    preprocess = importlib.import_module(f"{checkpoints}.state_dict_utils").save_preprocess
+    writer = importlib.import_module(f"{checkpoints}.strategies.filesystem_async").FileSystemWriterAsync
+    with HostBytes() as host, shards_of_all_ranks(topology):
+        model = model_state(chunks)
+        sharded, _ = preprocess({"model": model, "optimizer": optimizer_to_save(optimizer, model)}, False)
+        compat.parallel_save().apply_saving_parallelization(sharded)
+        own = [shard.data for shard in compat.nested_values(sharded) if isinstance(shard, compat.ShardedTensor)
+               and compat.is_main_replica(shard.replica_id)]
+        on_host = writer.preload_tensors([("file", "key", ([], [(None, tensor) for tensor in own]))], True)
+        counts = SaveCounts(share=sum(tensor.nbytes for tensor in own), kept=host.live, peak=host.peak)
+    del on_host
+    return counts
+
+
 def count_step(config: RunConfig, world_size: int, micro_batch: MicroBatch | None = None,
-               layers: int | None = None) -> StepCounts:
+               layers: int | None = None, *, saves: bool = False) -> StepCounts:
     """Counts of rank 0 of `world_size`, for one micro-batch, by default of the longest texts. Once per process.
 
     Args:
         layers: of the model; None: all. Experts get equally many rows.
+        saves: whether the state is saved after the step; without experts, whose copies are on other ranks.
     """
     shape = shape_of(config.model.path)
     shape = dataclasses.replace(shape, num_layers=layers or shape.num_layers)
@@ -327,6 +405,7 @@ def count_step(config: RunConfig, world_size: int, micro_batch: MicroBatch | Non
     engine = te_stand_in.usable() if config.model.backend == "te" else contextlib.nullcontext()
     with engine, fake_ranks(world_size), fakes_as_on_cuda(), balanced_experts():
         topology = initialize(config.parallel)
+        assert not saves or not shape.num_experts, "copies of experts are on other ranks"
         assert topology.pp_size == 1, "a stage would wait for the others' shapes"
         compat.model_parallel_cuda_manual_seed(1)
         micro_batch, kernel = micro_batch or longest_micro_batch(config), attention_kernel(config)
@@ -336,18 +415,19 @@ def count_step(config: RunConfig, world_size: int, micro_batch: MicroBatch | Non
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with (fake, Meter() as meter, data_parallel_apart(meter),
               mock.patch.object(te_regions, "listener", meter.count_region)):
-            resident = _run(config, shape, topology, as_fake(batch, fake), meter)
+            resident, counts = _run(config, shape, topology, as_fake(batch, fake), meter, saves=saves)
     meter.work["to_device"].waits.update(copies)
     grid = grid_of(config, world_size)
     planned = stage_memory(config, shape, grid, 0)
     tokens = micro_batch.token_ids.numel()
     activations = activation_bytes(config, shape, dataclasses.replace(grid, micro_batch_tokens=tokens), 0)
-    return StepCounts(tokens=tokens, layers=shape.num_layers, resident=resident, work=dict(meter.work),
+    return StepCounts(tokens=tokens, layers=shape.num_layers, resident=resident, work=dict(meter.work), save=counts,
                       planned=dataclasses.replace(planned, activations=activations))
 
 
-def _run(config: RunConfig, shape: ModelShape, topology: Topology, batch: Any, meter: Meter) -> int:
-    """Both passes over one micro-batch and the update. Returns the resident bytes before."""
+def _run(config: RunConfig, shape: ModelShape, topology: Topology, batch: Any, meter: Meter, *,
+         saves: bool) -> tuple[int, SaveCounts | None]:
+    """Both passes over one micro-batch, the update, and a save. Returns the resident bytes before, and the save's."""
     chunks = build_model(config, shape, topology, config.embedding.pooling)
     for chunk in chunks:
         chunk.train()
@@ -364,4 +444,5 @@ def _run(config: RunConfig, shape: ModelShape, topology: Topology, batch: Any, m
     cache.two_pass(StepBatch(micro_batches=(), num_truncated=0), [batch])
     meter.part = "optimizer"
     update(optimizer, copy_to_host(*squared_norms(optimizer)), loss=1.0)
-    return resident
+    meter.part = "save"
+    return resident, save(chunks, optimizer, topology) if saves else None

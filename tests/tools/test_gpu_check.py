@@ -102,13 +102,14 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys, decod
         "float32, DP 2, whole optimizer": "yes", "float32, DP 2, overlapped": "yes", "float32, TP 2": "NO",
         "float32, PP 2": "yes", "float32, PP 2, interleaved": "yes", "float32, CP 2": "yes",
         "Qwen3 of toy size, float32, ranks: 2, recompute none": "yes",
-        "Qwen3 of toy size, float32, ranks: 2, recompute full": "yes", "tests marked gpu or multi_gpu": "not run"}
+        "Qwen3 of toy size, float32, ranks: 2, recompute full": "yes",
+        "tests marked gpu or multi_gpu, not slow": "not run", "tests marked gpu or multi_gpu, slow": "not run"}
     assert "within 6.0e-02 of the CPU's (allowed 5e-02)" in table["bfloat16, sdpa"][0]
     assert table["float32, DP 2"][0] == "FAILED: NCCL error"
     assert table["float32, full recomputation"][0] == "no time left"
     assert table["float32, TP 2"][0].startswith("7 steps in place of 8")
     assert table_of(printed) == table
-    assert "19 hold, 6 do not, 3 were not run" in printed
+    assert "19 hold, 6 do not, 4 were not run" in printed
     assert table["doctor"][0].startswith("of doctor, ")
     assert table["memory of a checkpoint"][0] == "FAILED: no end after 90 s"
     assert table["4 toy layers of Qwen3-8B, Sentence Transformers"][0].startswith(
