@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
-from megatron_embed.data.packing import round_up
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.families import ModelShape
 from megatron_embed.planning.flops import StepTime, step_time
@@ -138,7 +137,7 @@ def micro_batches(config: RunConfig, dp: int) -> list[dict[str, int]]:
     least = least_budget(config)
     if tokens is not None:
         others = [tokens * factor // 4 for factor in (1, 2, 8) if tokens * factor % 4 == 0]
-        rounded = [budget if budget < BUDGET_STEP else round_up(budget, BUDGET_STEP) for budget in others]
+        rounded = [budget if budget < BUDGET_STEP else -(-budget // BUDGET_STEP) * BUDGET_STEP for budget in others]
         return [{"micro_batch_tokens": budget} for budget in sorted({tokens, *rounded}) if budget >= least]
     share = config.training.global_batch_size * config.workload.tokens_per_query // max(dp, 1)
     budgets = [{"micro_batch_tokens": budget} for budget in TOKEN_BUDGETS if least <= budget <= share]
