@@ -50,7 +50,9 @@ def nurse(descriptor: int, parent: int, libraries: list[str]) -> None:
         except EOFError:
             return
         if request == "fork":
-            connection.send(_fork(connection, *arguments))
+            started = _fork(connection, *arguments)
+            codes.pop(started, None)  # of an earlier worker: the system gives process numbers again
+            connection.send(started)
             continue
         (worker,) = arguments
         if worker not in codes:
