@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "cli": {"config", "parallel", "platform", "data", "models", "checkpoint", "convert", "evaluation", "mining",
             "planning", "loading", "export", "run", "init", "serving", "audit"},
 }
-EVERYONE = {"errors", "batch", "names", "__version__"}
+EVERYONE = {"errors", "batch", "names", "rounding", "__version__"}
 
 THIRD_PARTY = {
     "config": {"yaml"},
@@ -64,8 +64,8 @@ THIRD_PARTY = {
     "cli": {"torch", "numpy", "tqdm"},
 }
 
-OPEN_WITHOUT_MEGATRON = ("errors", "batch", "names", "config", "data", "kernels", "losses", "convert.tables",
-                         "models.families", "models.known_keys", "models.saved_settings", "planning")
+OPEN_WITHOUT_MEGATRON = ("errors", "batch", "names", "rounding", "config", "data", "kernels", "losses",
+                         "convert.tables", "models.families", "models.known_keys", "models.saved_settings", "planning")
 
 GETATTR_CEILING = 13
 """Calls of getattr and hasattr in the package. Lower it when one goes; raising it needs a reason in the commit."""
@@ -124,7 +124,7 @@ def test_table_has_no_circle():
 
 
 def test_top_level_modules_import_no_room():
-    for name in ("errors", "batch", "names"):
+    for name in ("errors", "batch", "names", "rounding"):
         assert not own_packages_imported_by((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
 
 

@@ -1,6 +1,7 @@
 """The check that every setting's rule is written with, and that of the batch sizes."""
 
 from megatron_embed.errors import ConfigError
+from megatron_embed.rounding import round_up
 
 
 def require(condition: bool, key: str, value: object, rule: str) -> None:
@@ -16,5 +17,5 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, dp_siz
         raise ConfigError(
             f"training.global_batch_size = {global_batch_size} is not a multiple of micro_batch_size * "
             f"data_parallel_size = {micro_batch_size} * {dp_size} = {unit}; next valid: "
-            f"{-(-global_batch_size // unit) * unit}", key="training.global_batch_size")
+            f"{round_up(global_batch_size, unit)}", key="training.global_batch_size")
     return global_batch_size // unit

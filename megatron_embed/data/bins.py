@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from megatron_embed.batch import MicroBatch
-from megatron_embed.data.packing import round_up
+from megatron_embed.rounding import round_up
 
 NUM_SIZES = 8
 """Sizes of the micro-batches of a token budget."""

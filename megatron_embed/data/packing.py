@@ -17,6 +17,7 @@ from megatron_embed.data.tokenized import TokenizedRows
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import NO_TOKENS, DataError, EmptyTextError
 from megatron_embed.names import Role
+from megatron_embed.rounding import round_up
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +55,6 @@ class DocumentsPerQuery:
     """For sampling the documents, each step again, from seed, step and row alone; None: the first ones of the row."""
     embedded: bool = True
     """False: the model embeds queries alone; the documents have vectors already."""
-
-
-def round_up(tokens: int, multiple: int) -> int:
-    """The smallest multiple that is not below `tokens`."""
-    return -(-tokens // multiple) * multiple
 
 
 def pack(token_ids: Sequence[list[int]], rows: Sequence[int], *, tokens: int | None, alignment: int, pad_token_id: int,

@@ -19,6 +19,7 @@ from megatron_embed.models.families import ModelShape
 from megatron_embed.names import Fp8Passes, Fp8Recipe
 from megatron_embed.parallel.topology import token_alignment
 from megatron_embed.platform.compat import TransformerConfig, is_te_min_version, transformer_engine_layers
+from megatron_embed.rounding import round_up
 
 FP8_FORMATS: dict[Fp8Recipe, str] = {"tensorwise": "hybrid", "blockwise": "e4m3"}
 """Transformer Engine's default of each recipe; hybrid: gradients have one bit more of exponent and one less of
@@ -143,7 +144,7 @@ def overlap_tokens(config: RunConfig) -> int:
     budget, model = config.training.micro_batch_tokens, config.model
     assert budget is not None, "run_checks refuses this"
     multiple = token_alignment(config.parallel) * (1 if model.fp8 == "none" else FP8_TOKENS[model.fp8_recipe])
-    return -(-budget // multiple) * multiple
+    return round_up(budget, multiple)
 
 
 _buffers: tuple[int, ...] | None = None

@@ -4,6 +4,7 @@ import math
 
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.model_shape import ModelShape
+from megatron_embed.rounding import round_up
 
 MASKED_LM = ("bert", "roberta", "xlm-roberta", "modernbert")
 """Encoders whose masked-language-model head is known."""
@@ -20,7 +21,7 @@ def check_family(shape: ModelShape) -> None:
 
 def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
     """Rows of the word embedding: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
-    return -(-vocab_size // tp_size) * tp_size
+    return round_up(vocab_size, tp_size)
 
 
 def vocabulary_head_shapes(shape: ModelShape, rows: int | None = None) -> dict[str, tuple[int, ...]]:

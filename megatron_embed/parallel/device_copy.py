@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_embed.rounding import round_up
+
 Value = TypeVar("Value")
 
 ALIGNMENT = 16
@@ -30,7 +32,7 @@ def copy_to_device(value: Value, device: torch.device) -> Value:
     starts, size = {}, 0
     for key, tensor in tensors.items():
         starts[key] = size
-        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        size += round_up(tensor.nbytes, ALIGNMENT)
     packed = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     for key, tensor in tensors.items():
         _view(packed, starts[key], tensor).copy_(tensor)

@@ -14,6 +14,7 @@ from megatron_embed.parallel.rendezvous import Rendezvous, report_to_other_store
 from megatron_embed.platform import cuda_environment
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 from megatron_embed.platform.launcher import knows_local_rank, launched_rank, rendezvous_address, source_of_world_size
+from megatron_embed.rounding import round_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
         key, value = max((("tensor_model", tp), ("pipeline_model", pp), ("context", cp)), key=lambda item: item[1])
         raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of "
                           f"tensor * pipeline * context parallel size = {tp} * {pp} * {cp} = {model}; start "
-                          f"{-(-world_size // model) * model} ranks or lower one of the parallel.* sizes",
+                          f"{round_up(world_size, model)} ranks or lower one of the parallel.* sizes",
                           key=f"parallel.{key}_parallel_size")
     ep, etp = sizes.expert_model_parallel_size, sizes.expert_tensor_parallel_size
     if world_size % (ep * etp * pp):
@@ -188,7 +189,7 @@ def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
     if config.training.micro_batch_tokens is not None:
         if size % dp_size:
             raise ConfigError(f"training.global_batch_size = {size} is not a multiple of data_parallel_size = "
-                              f"{dp_size}; next valid: {-(-size // dp_size) * dp_size}",
+                              f"{dp_size}; next valid: {round_up(size, dp_size)}",
                               key="training.global_batch_size")
         return None
     num_microbatches = micro_batches_per_step(size, micro, dp_size)
@@ -214,7 +215,7 @@ def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
     if budget is None:
         return
     least, what = config.workload.least_tokens(documents)
-    least = -(-least // alignment) * alignment
+    least = round_up(least, alignment)
     if budget < least:
         raise ConfigError(f"training.micro_batch_tokens = {budget} is less than {what}, what must fit into one "
                           f"micro-batch; nearest valid: {least}", key="training.micro_batch_tokens")

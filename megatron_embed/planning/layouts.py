@@ -12,6 +12,7 @@ from megatron_embed.planning.flops import StepTime, step_time
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
 from megatron_embed.planning.memory import Memory, grid_of, worst_stage
 from megatron_embed.planning.parameters import AdaptedLinears
+from megatron_embed.rounding import round_up
 
 MOST_PROPOSED = 5
 """Layouts that a plan proposes."""
@@ -137,7 +138,7 @@ def micro_batches(config: RunConfig, dp: int) -> list[dict[str, int]]:
     least = least_budget(config)
     if tokens is not None:
         others = [tokens * factor // 4 for factor in (1, 2, 8) if tokens * factor % 4 == 0]
-        rounded = [budget if budget < BUDGET_STEP else -(-budget // BUDGET_STEP) * BUDGET_STEP for budget in others]
+        rounded = [budget if budget < BUDGET_STEP else round_up(budget, BUDGET_STEP) for budget in others]
         return [{"micro_batch_tokens": budget} for budget in sorted({tokens, *rounded}) if budget >= least]
     share = config.training.global_batch_size * config.workload.tokens_per_query // max(dp, 1)
     budgets = [{"micro_batch_tokens": budget} for budget in TOKEN_BUDGETS if least <= budget <= share]

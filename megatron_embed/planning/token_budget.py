@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable
 
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.data.packing import round_up
 from megatron_embed.models.families import ModelShape
 from megatron_embed.planning.hardware import GPU
 from megatron_embed.planning.layouts import BUDGET_STEP, Plan, is_possible, least_budget, plan_layout
 from megatron_embed.planning.memory import grid_of
 from megatron_embed.planning.parameters import AdaptedLinears
+from megatron_embed.rounding import round_up
 
 MOST_TOKENS = 16384
 """Larger micro-batches fill a GPU no better, and fewer of them are less full and lengthen a pipeline's bubble."""

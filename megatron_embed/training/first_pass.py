@@ -8,10 +8,10 @@ from itertools import pairwise
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.bins import bin_sizes, merge, pad_to_sizes
-from megatron_embed.data.packing import round_up
 from megatron_embed.models.families import ModelShape
 from megatron_embed.parallel.topology import Topology, token_alignment
 from megatron_embed.planning.memory import PIPELINE_FILL, first_pass_micro_batches, grid_of
+from megatron_embed.rounding import round_up
 
 logger = logging.getLogger(__name__)
 
